@@ -1,0 +1,66 @@
+# Every task of this project has its name here; `make` prints them.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The choices a person makes: make train DATA=imagefolder:PATH RECIPE=demo NPROC=2 ARGS="--set epochs=1"
+DATA ?= auto
+RECIPE ?= demo
+NPROC ?= 2
+DATA_DIR ?= data
+RUNS_DIR ?= runs
+NAME ?= $(RECIPE)
+ARGS ?=
+
+##@ Set-up
+help: ## print every task
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY) ## build the Python environment in .venv (all other tasks do so by themselves)
+
+# uv takes torch's CPU build where there is no NVIDIA GPU; a folder of wheels that pip is configured with comes first.
+$(READY): trainer/pyproject.toml trainer/constraints.txt
+	@echo "building $(VENV) (once; about a minute)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) must be Python 3.10 or newer; set PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; install python3-venv" >&2; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv 2> >(grep -v WARNING >&2)
+	@links=$$($(BIN)/python -m pip config get :env:.find-links 2>/dev/null || $(BIN)/python -m pip config get global.find-links 2>/dev/null || true); \
+	backend="--torch-backend=auto"; \
+	if ls $$links/torch-*.whl >/dev/null 2>&1; then export UV_FIND_LINKS="$$links"; backend=""; fi; \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $$backend -c trainer/constraints.txt -e 'trainer[dev]'
+	@touch $@
+
+clean: ## remove the environment and caches (data/ and runs/ stay)
+	rm -rf $(VENV) .pytest_cache .ruff_cache trainer/src/*.egg-info
+	find trainer -name __pycache__ -type d -prune -exec rm -rf {} +
+
+##@ Training on this machine
+train: $(READY) ## train with DDP, NPROC=2 processes here; DATA=auto|cifar10|imagefolder:PATH|synthetic RECIPE=demo
+	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
+	@$(BIN)/k8scifar launch --nproc-per-node $(NPROC) --recipe $(RECIPE) --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)" --name $(NAME) $(ARGS)
+
+evaluate: $(READY) ## evaluate the trained model of run NAME
+	@$(BIN)/k8scifar evaluate "$(RUNS_DIR)/$(NAME)" --data-dir "$(DATA_DIR)" $(ARGS)
+
+tensorboard: $(READY) ## serve TensorBoard for RUNS_DIR on port 6006
+	@$(BIN)/tensorboard --logdir "$(RUNS_DIR)" --bind_all --port 6006
+
+##@ Development
+test: $(READY) ## run the tests; ARGS go to pytest
+	@$(BIN)/python -m pytest trainer/tests $(ARGS)
+
+lint: $(READY) ## check style and likely mistakes
+	@$(BIN)/ruff check trainer
+	@$(BIN)/ruff format --check trainer
+
+format: $(READY) ## rewrite the code in the project's style
+	@$(BIN)/ruff check --fix trainer
+	@$(BIN)/ruff format trainer
+
+.PHONY: help venv clean train evaluate tensorboard test lint format

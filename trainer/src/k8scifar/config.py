@@ -1,0 +1,355 @@
+"""The configuration: one typed model for everything tunable.
+
+Its keys are a public interface: recipes, a user's YAML file, ``--set key=value`` and the Helm chart's ``train:``
+values all use them. Precedence: defaults < recipe < user YAML < ``--set``. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from k8scifar.errors import UserError
+
+DEFAULT_RECIPE = "demo"
+
+# Keys that decide the weights. A checkpoint resumes under other values of these only if the user says so.
+IDENTITY = (
+    "seed", "epochs", "global_batch", "micro_batch", "last_batch", "label_smoothing", "resolution",
+    "model", "optimizer", "schedule", "augment", "ema",
+)  # fmt: skip
+# Of those, the keys without which a checkpoint makes no sense at all.
+FIXED = ("seed", "global_batch", "micro_batch", "last_batch", "model", "optimizer.name")
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class Stage(_Section):
+    """Train at `pixels` until the fraction `until` of all steps is done."""
+
+    until: float = Field(gt=0.0, le=1.0)
+    """Fraction of all training steps at which this stage ends."""
+    pixels: int = Field(ge=8, le=64)
+    """Height and width of the training pictures, pixels."""
+
+
+class Model(_Section):
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"] = "resnet18"
+    """torchvision's name of the network."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """`cifar`: 3x3 convolution, stride 1, no max-pool (for 32-pixel pictures); `imagenet`: torchvision's own."""
+
+
+class Optimizer(_Section):
+    name: Literal["sgd", "muon"] = "sgd"
+    """`sgd`, or `muon` (orthogonalised momentum on the convolutions, SGD on the rest)."""
+    lr: float = Field(0.2, gt=0.0, le=100.0)
+    """Peak learning rate of SGD."""
+    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov's form of the momentum."""
+    weight_decay: float = Field(5e-4, ge=0.0, le=1.0)
+    """L2 weight decay of SGD, added to the gradient."""
+    decay: Literal["all", "matrices"] = "all"
+    """What decays: `all` parameters, or only `matrices` (convolutions and the classifier; no norms, no biases)."""
+    muon_lr: float = Field(0.02, gt=0.0, le=10.0)
+    """Peak learning rate of Muon; unused with `sgd`."""
+    muon_momentum: float = Field(0.6, ge=0.0, lt=1.0)
+    """Momentum of Muon; unused with `sgd`."""
+
+
+class Schedule(_Section):
+    """Piecewise linear: `start` x lr rising to lr at `warmup`, then falling to `end` x lr at the last step."""
+
+    warmup: float = Field(0.2, ge=0.0, lt=1.0)
+    """Fraction of all steps at which the learning rate peaks."""
+    start: Fraction = 0.2
+    """Learning rate of the first step, as a fraction of the peak."""
+    end: Fraction = 0.0
+    """Learning rate after the last step, as a fraction of the peak."""
+
+
+class Augment(_Section):
+    flip: bool = True
+    """Mirror every other picture, at random."""
+    translate: int = Field(4, ge=0, le=16)
+    """Largest shift in each direction, in pixels of the stored picture; the border is reflected."""
+    cutout: int = Field(12, ge=0, le=32)
+    """Side of the square set to the mean, in pixels of the stored picture; 0: none."""
+
+
+class Ema(_Section):
+    decay: float = Field(0.0, ge=0.0, lt=1.0)
+    """Decay a step of the weights' exponential moving average, which is then what is evaluated; 0: none."""
+
+
+class Data(_Section):
+    source: str = Field("auto", pattern=r"^(auto|cifar10|synthetic|imagefolder:.+)$")
+    """`auto`, `cifar10`, `synthetic` or `imagefolder:PATH` (a folder, or a .tar or .tar.gz of one)."""
+    dir: str = "data"
+    """Folder of the packed data set."""
+
+
+class Evaluation(_Section):
+    every_epochs: int = Field(1, ge=0)
+    """Evaluate after each so many epochs, and always at the end; 0: only at the end."""
+    batch: int = Field(500, ge=1, le=10000)
+    """Test pictures a forward pass."""
+    interim_images: int = Field(0, ge=0)
+    """Test pictures used before the end of training (evenly spaced); 0: all. The last evaluation uses all."""
+    tta: bool = True
+    """Report flip test-time augmentation at the last evaluation too."""
+
+
+class Checkpoint(_Section):
+    every_epochs: int = Field(1, ge=1)
+    """Write a checkpoint after each so many epochs, and always at the end."""
+    every_steps: int = Field(0, ge=0)
+    """Also write one each so many steps; 0: never."""
+    every_seconds: float = Field(0.0, ge=0.0)
+    """Also write one when the last is so many seconds old; 0: never."""
+    keep: int = Field(2, ge=1, le=1000)
+    """How many of the newest checkpoints to keep; the best one is kept besides."""
+    accept_changes: bool = False
+    """Resume although keys that decide the weights (learning rate, augmentation, ...) have changed."""
+
+
+class Distributed(_Section):
+    world_size: int | None = Field(None, ge=1, le=4096)
+    """Number of ranks there must be; training refuses to start with another. Empty: whatever there is."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Collectives: `auto` is NCCL on GPUs and gloo on CPUs."""
+    interface: str = Field("", pattern=r"^[A-Za-z0-9_.@:-]*$")
+    """Network interface of the collectives, e.g. eth0; empty: the one that this host's name resolves to."""
+    timeout_seconds: float = Field(60.0, ge=5.0, le=86400.0)
+    """How long a rank waits for a peer that is silent before it gives up."""
+
+
+class Hardware(_Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto` takes the GPU where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 autocast where every rank has it in hardware, else fp32."""
+    threads: int = Field(0, ge=0, le=1024)
+    """Intra-op threads a rank; 0: the cores divided among the ranks of this machine."""
+    compile: bool = False
+    """Compile the network with torch.compile (pays on GPUs)."""
+
+
+class Log(_Section):
+    every_seconds: float = Field(5.0, gt=0.0, le=3600.0)
+    """Seconds between two progress lines where there is no terminal."""
+    every_steps: int = Field(10, ge=1)
+    """Steps between two points of the step curves on TensorBoard."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+
+class Config(_Section):
+    """Everything tunable in a training run."""
+
+    recipe: str = DEFAULT_RECIPE
+    """Recipe that the other values start from: demo, quick, standard or best."""
+    name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", max_length=63)
+    """Name of the run, and of its folder; empty: the recipe's name."""
+    runs_dir: str = "runs"
+    """Folder of the run folders."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the weights, the order of the samples and the augmentation."""
+    epochs: int = Field(80, ge=1, le=100000)
+    """Passes over the training pictures."""
+    global_batch: int = Field(500, ge=1, le=65536)
+    """Pictures an optimiser step, over all ranks."""
+    micro_batch: int = Field(250, ge=1, le=65536)
+    """Pictures that batch normalisation sees together, whatever the world size."""
+    last_batch: Literal["drop", "pad"] = "drop"
+    """An incomplete last global batch is dropped (other pictures each epoch), or padded with the epoch's first."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    """Label smoothing of the cross entropy."""
+    resolution: list[Stage] = Field(default_factory=lambda: [Stage(until=1.0, pixels=32)], min_length=1, max_length=64)
+    """Progressive resolution: the stages of training, in order; the last one ends at 1.0."""
+    model: Model = Field(default_factory=Model)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule = Field(default_factory=Schedule)
+    augment: Augment = Field(default_factory=Augment)
+    ema: Ema = Field(default_factory=Ema)
+    data: Data = Field(default_factory=Data)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    distributed: Distributed = Field(default_factory=Distributed)
+    hardware: Hardware = Field(default_factory=Hardware)
+    log: Log = Field(default_factory=Log)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}; "
+                f"set micro_batch to {_nearest_divisor(self.global_batch, self.micro_batch)}"
+            )
+        if self.distributed.world_size:
+            check_world_size(self, self.distributed.world_size)
+        ends = [stage.until for stage in self.resolution]
+        if ends != sorted(set(ends)) or ends[-1] != 1.0:
+            raise ValueError(f"resolution: the stages' `until` must rise and end at 1.0, not {ends}")
+        if self.micro_batch == 1:
+            raise ValueError("micro_batch must be at least 2: batch normalisation needs more than one picture")
+        if self.optimizer.nesterov and self.optimizer.momentum == 0.0:
+            raise ValueError("optimizer.nesterov needs a momentum above 0; set optimizer.nesterov=false")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.runs_dir) / (self.name or self.recipe)
+
+    def identity(self) -> dict[str, Any]:
+        """Flat view, `a.b` -> value, of the keys that decide the weights."""
+        return flatten({key: value for key, value in self.model_dump(mode="json").items() if key in IDENTITY})
+
+    def fingerprint(self) -> str:
+        """sha256 (first 16 hex digits) of everything that all ranks must share; paths and log settings may differ."""
+        shared = self.identity() | flatten({"evaluation": self.evaluation.model_dump(mode="json")})
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML text."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raise ValueError unless every rank gets the same number of whole micro-batches."""
+    micro_batches = config.global_batch // config.micro_batch
+    if micro_batches % world_size == 0:
+        return
+    if config.global_batch % world_size:
+        fix = f"choose a global_batch that {world_size} divides, e.g. {-(-config.global_batch // world_size) * world_size}"
+    else:
+        fix = f"set micro_batch to {_nearest_divisor(config.global_batch // world_size, config.micro_batch)}"
+    raise ValueError(
+        f"global_batch {config.global_batch} is {micro_batches} micro-batches of {config.micro_batch}, "
+        f"which {world_size} ranks can't share equally; {fix}"
+    )
+
+
+def _nearest_divisor(number: int, limit: int) -> int:
+    """Largest divisor of `number` that is at most `limit`."""
+    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` laid upon it, mapping by mapping; lists are replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in the package."""
+    folder = resources.files("k8scifar") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The values of one recipe. Raises UserError where there is none of that name."""
+    if name not in recipe_names():
+        raise UserError(f"recipe {name!r} is unknown{_did_you_mean(name, recipe_names())}")
+    return yaml.safe_load((resources.files("k8scifar") / "recipes" / f"{name}.yaml").read_text()) or {}
+
+
+def load(path: str | Path | None = None, sets: Iterable[str] = (), recipe_name: str | None = None) -> Config:
+    """Resolve the configuration: defaults < recipe < the YAML file at `path` < `sets` ("key=value").
+
+    Raises UserError, one line for each mistake with the key's path and the nearest valid name.
+    """
+    user = _read_yaml(path) if path else {}
+    for item in sets:
+        user = merge(user, _parse_set(item))
+    chosen = recipe_name or user.get("recipe") or DEFAULT_RECIPE
+    return validate(merge(merge(recipe(str(chosen)), user), {"recipe": str(chosen)}))
+
+
+def validate(values: Mapping[str, Any]) -> Config:
+    """The typed configuration of these values. Raises UserError."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("configuration: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"configuration file {path}: {error.strerror or error}; check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is not None and not isinstance(values, dict):
+        raise UserError(f"configuration file {path} must hold `key: value` lines, not a {type(values).__name__}")
+    return values or {}
+
+
+def _parse_set(item: str) -> dict[str, Any]:
+    key, equals, text = item.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set {item!r}: write key=value, for example --set optimizer.lr=0.1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {item!r}: the value is not YAML; quote it") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """One validation error as a clause: path, what is wrong, what would be right."""
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {path!r}{_did_you_mean(path, list(_all_keys(Config)))}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    given = repr(error["input"]) if not isinstance(error["input"], dict) else "a mapping"
+    return f"{path} = {given}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _all_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _did_you_mean(name: str, valid: list[str]) -> str:
+    same_leaf = [key for key in valid if key.split(".")[-1] == name.split(".")[-1]]
+    near = same_leaf or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    top = [key for key in valid if "." not in key]
+    return f"; valid names: {', '.join(top)}"

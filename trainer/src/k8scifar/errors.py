@@ -1,0 +1,12 @@
+"""Failures that a person can mend, told in one line."""
+
+USER_MISTAKE = 2  # exit code: a restart can't mend it
+FAILED = 1  # exit code: a restart may mend it
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that says what is wrong and what to do; exit code 2, no traceback."""
+
+
+class TrainingError(Exception):
+    """A failure of the run itself (a peer lost, a full disk): one line; exit code 1, a restart may mend it."""
