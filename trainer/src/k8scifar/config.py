@@ -1,23 +1,19 @@
 """The configuration: one typed model for everything tunable.
 
 Its keys are a public interface: recipes, a user's YAML file, ``--set key=value`` and the Helm chart's ``train:``
-values all use them. Precedence: defaults < recipe < user YAML < ``--set``. This module does not import torch.
+values all use them; settings.py reads them from there. This module does not import torch.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from importlib import resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from k8scifar.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DEFAULT_RECIPE = "demo"
 
@@ -236,7 +232,8 @@ def check_world_size(config: Config, world_size: int) -> None:
     if micro_batches % world_size == 0:
         return
     if config.global_batch % world_size:
-        fix = f"choose a global_batch that {world_size} divides, e.g. {-(-config.global_batch // world_size) * world_size}"
+        unit = world_size * config.micro_batch
+        fix = f"set global_batch to a multiple of {unit}, e.g. {-(-config.global_batch // unit) * unit}"
     else:
         fix = f"set micro_batch to {_nearest_divisor(config.global_batch // world_size, config.micro_batch)}"
     raise ValueError(
@@ -259,97 +256,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over` laid upon it, mapping by mapping; lists are replaced whole."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes in the package."""
-    folder = resources.files("k8scifar") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def recipe(name: str) -> dict[str, Any]:
-    """The values of one recipe. Raises UserError where there is none of that name."""
-    if name not in recipe_names():
-        raise UserError(f"recipe {name!r} is unknown{_did_you_mean(name, recipe_names())}")
-    return yaml.safe_load((resources.files("k8scifar") / "recipes" / f"{name}.yaml").read_text()) or {}
-
-
-def load(path: str | Path | None = None, sets: Iterable[str] = (), recipe_name: str | None = None) -> Config:
-    """Resolve the configuration: defaults < recipe < the YAML file at `path` < `sets` ("key=value").
-
-    Raises UserError, one line for each mistake with the key's path and the nearest valid name.
-    """
-    user = _read_yaml(path) if path else {}
-    for item in sets:
-        user = merge(user, _parse_set(item))
-    chosen = recipe_name or user.get("recipe") or DEFAULT_RECIPE
-    return validate(merge(merge(recipe(str(chosen)), user), {"recipe": str(chosen)}))
-
-
-def validate(values: Mapping[str, Any]) -> Config:
-    """The typed configuration of these values. Raises UserError."""
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError("configuration: " + "; ".join(_explain(item) for item in error.errors())) from None
-
-
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"configuration file {path}: {error.strerror or error}; check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
-    if values is not None and not isinstance(values, dict):
-        raise UserError(f"configuration file {path} must hold `key: value` lines, not a {type(values).__name__}")
-    return values or {}
-
-
-def _parse_set(item: str) -> dict[str, Any]:
-    key, equals, text = item.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"--set {item!r}: write key=value, for example --set optimizer.lr=0.1")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {item!r}: the value is not YAML; quote it") from None
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    """One validation error as a clause: path, what is wrong, what would be right."""
-    path = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{_did_you_mean(path, list(_all_keys(Config)))}"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    given = repr(error["input"]) if not isinstance(error["input"], dict) else "a mapping"
-    return f"{path} = {given}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_keys(field.annotation, f"{prefix}{name}.")
-
-
-def _did_you_mean(name: str, valid: list[str]) -> str:
-    same_leaf = [key for key in valid if key.split(".")[-1] == name.split(".")[-1]]
-    near = same_leaf or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    top = [key for key in valid if "." not in key]
-    return f"; valid names: {', '.join(top)}"

@@ -2,10 +2,15 @@
 
 USER_MISTAKE = 2  # exit code: a restart can't mend it
 FAILED = 1  # exit code: a restart may mend it
+PREEMPTED = 3  # exit code: stopped by SIGTERM, after saving
 
 
 class UserError(Exception):
     """A mistake of the user's: one line that says what is wrong and what to do; exit code 2, no traceback."""
+
+
+class RankError(UserError):
+    """A UserError that concerns this rank and not its neighbours: every rank tells its own."""
 
 
 class TrainingError(Exception):

@@ -1,0 +1,144 @@
+"""Checkpoints on disk: whole or not at all, checked before use, safe to load.
+
+A file ``step-00000400-<digest>.pt`` is torch.save's of plain values and tensors; its name carries the first 16 hex
+digits of its content's sha256, so one rename makes it valid and one read proves it. It loads with weights_only=True: a
+hostile file can't run code. Files are written by a thread from a copy in memory; training does not wait for the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import queue
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k8scifar.errors import UserError
+from k8scifar.files import write_atomically
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
+
+Payload = dict[str, Any]
+
+
+class Damaged(Exception):
+    """A checkpoint file that is torn, altered or no checkpoint; the text says which."""
+
+
+def load(path: Path) -> Payload:
+    """Read one checkpoint file. Raises Damaged, or OSError where it can't be read."""
+    return decode(read_verified(path), path)
+
+
+def read_verified(path: Path) -> bytes:
+    """The file's bytes, checked against the digest in its name, if that is of our form. Raises Damaged, OSError."""
+    content = path.read_bytes()
+    named = _NAME.fullmatch(path.name)
+    if not content:
+        raise Damaged(f"{path} is empty")
+    if named and _digest(content) != named[2]:
+        raise Damaged(f"{path} is damaged: its sha256 is not the one in its name")
+    return content
+
+
+def decode(content: bytes, path: Path | str) -> Payload:
+    """A checkpoint's values from its bytes. Raises Damaged."""
+    try:
+        payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for what is no checkpoint
+        raise Damaged(f"{path} is no checkpoint that loads safely ({type(error).__name__})") from None
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise Damaged(f"{path} is no K8sCIFAR checkpoint of format {FORMAT}")
+    return payload
+
+
+def encode(payload: Payload) -> bytes:
+    """A checkpoint's bytes."""
+    buffer = io.BytesIO()
+    torch.save(payload | {"format": FORMAT}, buffer)
+    return buffer.getvalue()
+
+
+def listed(folder: Path) -> list[Path]:
+    """Checkpoint files of a folder, newest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda item: (item[0], item[1].name), reverse=True)]
+
+
+def newest_good(folder: Path) -> Iterator[tuple[Path, bytes | None, str]]:
+    """Walk the checkpoints, newest first: (path, content, "") of a good one, (path, None, why) of a damaged one."""
+    for path in listed(folder):
+        try:
+            content = read_verified(path)
+            decode(content, path)
+            yield path, content, ""
+        except Damaged as damage:
+            yield path, None, str(damage)
+        except OSError as error:
+            yield path, None, f"{path} can't be read: {error.strerror}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's file name."""
+    match = _NAME.fullmatch(path.name)
+    if not match:
+        raise UserError(f"{path} is not named like a checkpoint (step-<number>-<digest>.pt)")
+    return int(match[1])
+
+
+class Writer:
+    """Writes checkpoints in the background, keeps the newest `keep` and the best one, removes the others.
+
+    A write that fails (a full disk) is told through `warn`, leaves the older files as they are, and training goes on.
+    """
+
+    def __init__(self, folder: Path, keep: int, warn) -> None:
+        self._folder, self._keep, self._warn = folder, keep, warn
+        self._jobs: queue.Queue[tuple[Payload, int, int | None] | None] = queue.Queue(maxsize=1)
+        self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    def save(self, payload: Payload, step: int, best_step: int | None = None) -> None:
+        """Hand over a payload that nobody changes any more; blocks only while an earlier one is still being written.
+
+        Args:
+            payload: plain values and CPU tensors.
+            step: optimiser steps done.
+            best_step: the step whose checkpoint is the best so far, to be kept.
+        """
+        self._jobs.put((payload, step, best_step))
+
+    def close(self) -> None:
+        """Finish what was handed over."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            payload, step, best_step = job
+            try:
+                content = encode(payload)
+                path = self._folder / f"step-{step:08d}-{_digest(content)}.pt"
+                write_atomically(path, content)
+            except Exception as error:
+                reason = getattr(error, "strerror", None) or error
+                self._warn(f"checkpoint of step {step} could not be written ({reason}); training goes on; free space")
+                continue
+            self._prune(path, best_step)
+
+    def _prune(self, newest: Path, best_step: int | None) -> None:
+        """Remove what is neither newest nor best; only called once `newest` is safe."""
+        files = [path for path in listed(self._folder) if step_of(path) <= step_of(newest)]
+        for path in files[self._keep :]:
+            if step_of(path) != best_step:
+                path.unlink(missing_ok=True)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

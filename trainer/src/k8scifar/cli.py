@@ -1,0 +1,68 @@
+"""The command line: each command is a module, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import k8scifar
+from k8scifar.errors import FAILED, USER_MISTAKE, RankError, TrainingError, UserError
+
+# command -> (module, function that adds its options, function that runs it, help)
+COMMANDS = {
+    "prepare": ("data.prepare", "add_arguments", "run", "bring a data set into its packed form"),
+    "train": ("train", "add_arguments", "run", "train: one rank, under torchrun or alone"),
+    "evaluate": ("evaluate", "add_arguments", "run", "evaluate a trained model on the test pictures"),
+    "predict": ("predict", "add_arguments", "run", "classify pictures"),
+    "config": ("settings", "add_config_arguments", "run_config", "print the resolved configuration, or its schema"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. A mistake of the user's is one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        parser, module, run = _parser(argv[0] if argv else "")
+        args = parser.parse_args(argv)
+        return getattr(module, run)(args) if module else 0
+    except UserError as error:
+        _tell(str(error), everyone=isinstance(error, RankError))
+        return USER_MISTAKE
+    except TrainingError as error:
+        _tell(str(error), everyone=True)
+        return FAILED
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(chosen: str) -> tuple[argparse.ArgumentParser, object | None, str]:
+    """The parser, with the options of the chosen command only: the others' modules stay unimported."""
+    parser = argparse.ArgumentParser(prog="k8scifar", description="Train one image classifier on two machines at once.")
+    parser.add_argument("--version", action="version", version=f"k8scifar {k8scifar.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    module, run = None, ""
+    for name, (path, add, function, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == chosen:
+            module, run = importlib.import_module(f"k8scifar.{path}"), function
+            getattr(module, add)(command)
+    return parser, module, run
+
+
+def _tell(message: str, everyone: bool) -> None:
+    """Say why we end: on stderr, once a machine unless it is this rank's own, and to the supervisor."""
+    line = " ".join(message.split())
+    if everyone or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"k8scifar: error: {line}", file=sys.stderr, flush=True)
+        reason = os.environ.get("K8SCIFAR_REASON_FILE")
+        if reason:
+            with contextlib.suppress(OSError):
+                Path(reason).write_text(line + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,41 @@
+"""Where a step's time goes: data, compute, waiting on communication."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+PARTS = ("data", "compute", "communication")
+
+
+class StepClock:
+    """Adds up the time of each part of the steps since the last reading.
+
+    On a CPU a mark is a reading of the clock. On a GPU it is an event on the stream, read only when asked for, so that
+    marking never makes the host wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def mark(self, part: str) -> None:
+        """What follows, up to the next mark, belongs to `part`; any name that is not in PARTS is not counted."""
+        if self._cuda:
+            at = torch.cuda.Event(enable_timing=True)
+            at.record()
+        else:
+            at = time.perf_counter()
+        self._marks.append((part, at))
+
+    def read(self) -> dict[str, float]:
+        """Seconds in each part since the last reading."""
+        if self._cuda and self._marks:
+            self._marks[-1][1].synchronize()
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for (part, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            if part in seconds:
+                seconds[part] += start.elapsed_time(end) / 1000 if self._cuda else end - start
+        self._marks = self._marks[-1:]
+        return seconds

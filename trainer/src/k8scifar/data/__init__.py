@@ -1,0 +1,1 @@
+"""The data set: sources -> packed files -> the order of samples -> augmented batches."""

@@ -1,0 +1,147 @@
+"""The packed form of a data set: uint8 arrays and a manifest that vouches for them.
+
+A folder holds ``{train,test}-{images,labels}-<digest>.npy`` and ``manifest.json``. Each file is written under a
+temporary name, fsynced and renamed; its name carries its content's digest, and the manifest comes last, so that a
+reader meets a whole copy or none, and two writers of the same data write the same files.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from k8scifar.errors import UserError
+from k8scifar.files import write_atomically
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pictures uint8 [n, height, width, 3] and labels int64 [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a packed data set is: where it came from, its classes, its training statistics, its files."""
+
+    source: str
+    classes: list[str]
+    counts: dict[str, int]
+    pixels: int
+    mean: list[float]  # of the training split, a channel, in units of 0..1
+    std: list[float]  # likewise
+    files: dict[str, dict[str, Any]]  # "train-images" -> {name, sha256, bytes}
+    format: int = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (first 16 hex digits) of the contents: equal for equal data, wherever it came from."""
+        parts = [self.files[key]["sha256"] for key in sorted(self.files)] + self.classes
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation a channel of uint8 [n, h, w, 3], in units of 0..1, by exact integer counts."""
+    mean, std = [], []
+    for channel in range(images.shape[-1]):
+        counts = np.bincount(images[..., channel].ravel(), minlength=256).astype(np.float64)
+        values = np.arange(256) / 255.0
+        average = float((counts * values).sum() / counts.sum())
+        mean.append(average)
+        std.append(max(float(np.sqrt((counts * (values - average) ** 2).sum() / counts.sum())), 1e-6))
+    return mean, std
+
+
+def write(folder: Path, source: str, classes: list[str], splits: dict[str, Split]) -> Manifest:
+    """Write both splits and, last, the manifest; returns it. Raises OSError (a full disk, no permission)."""
+    files: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        for kind in ("images", "labels"):
+            buffer = io.BytesIO()
+            np.save(buffer, np.ascontiguousarray(getattr(splits[split], kind)))
+            blob = buffer.getbuffer()
+            digest = hashlib.sha256(blob).hexdigest()
+            name = f"{split}-{kind}-{digest[:12]}.npy"
+            write_atomically(folder / name, blob)
+            files[f"{split}-{kind}"] = {"name": name, "sha256": digest, "bytes": len(blob)}
+    mean, std = statistics(splits["train"].images)
+    counts = {split: len(splits[split]) for split in SPLITS}
+    manifest = Manifest(source, classes, counts, splits["train"].images.shape[1], mean, std, files)
+    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a packed folder, None where there is none. Raises UserError where it is damaged."""
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_bytes())
+        if values.get("format") != FORMAT:
+            raise UserError(f"{path} has format {values.get('format')}, not {FORMAT}; run `k8scifar prepare` again")
+        return Manifest(**values)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}; check the folder and its permissions") from None
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged; run `k8scifar prepare` again") from None
+
+
+def read(folder: Path, manifest: Manifest, split: str) -> Split:
+    """One split, each byte of it checked against the manifest.
+
+    Raises UserError naming the file that is missing, cut short or altered.
+    """
+    return Split(*(_read_array(folder, manifest.files[f"{split}-{kind}"]) for kind in ("images", "labels")))
+
+
+def damage(folder: Path, manifest: Manifest) -> str | None:
+    """What is wrong with the files of a packed folder, None if nothing is."""
+    try:
+        for split in SPLITS:
+            read(folder, manifest, split)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def remove_strays(folder: Path, manifest: Manifest) -> None:
+    """Remove packed files of former data sets; the caller holds the lock."""
+    wanted = {entry["name"] for entry in manifest.files.values()}
+    for split in SPLITS:
+        for path in folder.glob(f"{split}-*-*.npy"):
+            if path.name not in wanted:
+                path.unlink(missing_ok=True)
+
+
+def _read_array(folder: Path, entry: dict[str, Any]) -> np.ndarray:
+    path = folder / entry["name"]
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        what = "is missing" if error.errno == errno.ENOENT else f"can't be read ({os.strerror(error.errno or 0)})"
+        raise UserError(f"data file {path} {what}; run `k8scifar prepare` again") from None
+    if len(blob) != entry["bytes"]:
+        raise UserError(
+            f"data file {path} is damaged: {len(blob)} bytes instead of {entry['bytes']}; run `k8scifar prepare` again"
+        )
+    if hashlib.sha256(blob).hexdigest() != entry["sha256"]:
+        raise UserError(f"data file {path} is damaged: its sha256 is not the manifest's; run `k8scifar prepare` again")
+    return np.load(io.BytesIO(blob), allow_pickle=False)

@@ -1,0 +1,53 @@
+"""Optimiser and weight average."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from k8scifar.config import Config
+
+
+def build(net: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """SGD over `net`, weight decay on all parameters or on the matrices only."""
+    settings = config.optimizer
+    matrices = [parameter for parameter in net.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in net.parameters() if parameter.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": settings.weight_decay if settings.decay == "all" else 0.0},
+    ]
+    return torch.optim.SGD(
+        groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov, fused=True
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class WeightAverage:
+    """Exponential moving average of a network's parameters and running statistics.
+
+    Source: Polyak averaging as in torch.optim.swa_utils; kept as plain tensors so that checkpoints hold nothing else.
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._live = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+        self.tensors = [tensor.clone() for tensor in self._live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the live values; call once a step."""
+        torch._foreach_lerp_(self.tensors, self._live, 1.0 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average and the live values: evaluate between two swaps."""
+        for average, live in zip(self.tensors, self._live, strict=True):
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)

@@ -1,0 +1,234 @@
+"""Ranks: how they join, check that they belong together, and agree.
+
+torchrun's environment says who is who; without it a process is a world of one. Collectives are NCCL on GPUs and gloo
+on CPUs; small host-side agreements always go over gloo, so that they never wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from k8scifar.config import Config, check_world_size
+from k8scifar.errors import RankError, TrainingError, UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    backend: str
+    host_group: Any = None  # gloo group for host-side agreements; None: the default group is gloo
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which alone writes."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def join(config: Config) -> Iterator[World]:
+    """Join the process group that torchrun's environment describes; leave it at the end.
+
+    Raises UserError where the world is not the configured one, TrainingError where peers do not come in time.
+    """
+    rank, size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
+    local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
+    check_size(config, size)
+    device = _device(config, local_rank)
+    torch.set_num_threads(config.hardware.threads or max(1, available_cores() // local_size))
+    if config.distributed.interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = config.distributed.interface
+    backend = config.distributed.backend
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.distributed.timeout_seconds)
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
+    try:
+        dist.init_process_group(backend, timeout=timeout, **alone)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise TrainingError(f"rank {rank} of {size} could not join its peers: {first_line(error)}") from None
+    group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
+    try:
+        yield World(rank, size, local_rank, local_size, device, backend, group)
+    finally:
+        dist.destroy_process_group()
+
+
+def check_size(config: Config, size: int) -> None:
+    """Raise UserError unless `size` ranks are what the configuration says and can share a global batch."""
+    wanted = config.distributed.world_size
+    if wanted and wanted != size:
+        raise UserError(
+            f"WORLD_SIZE is {size}, but distributed.world_size is {wanted}; start {wanted} ranks "
+            f"(torchrun --nnodes and --nproc-per-node), or set distributed.world_size={size}"
+        )
+    try:
+        check_world_size(config, size)
+    except ValueError as error:
+        raise UserError(f"configuration: {error}") from None
+
+
+def meet(world: World, facts: dict[str, Any]) -> None:
+    """Raise UserError on every rank, saying what differs, unless all ranks hold equal `facts`."""
+    mine = {"host": socket.gethostname(), "facts": facts}
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, mine, group=world.host_group)
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        odd = [key for key in first["facts"] | other["facts"] if first["facts"].get(key) != other["facts"].get(key)]
+        if odd:
+            told = "; ".join(f"{key}: {first['facts'].get(key)} and {other['facts'].get(key)}" for key in odd)
+            raise UserError(
+                f"rank 0 ({first['host']}) and rank {rank} ({other['host']}) do not belong together: {told}; "
+                "give all ranks the same configuration, data and version"
+            )
+
+
+def resolve_precision(config: Config, world: World) -> str:
+    """`bf16` or `fp32`; `auto` is bf16 where every rank has it in hardware."""
+    if config.hardware.precision != "auto":
+        return config.hardware.precision
+    able = torch.tensor([int(_has_bf16(world.device))])
+    dist.all_reduce(able, dist.ReduceOp.MIN, group=world.host_group)
+    return "bf16" if able.item() else "fp32"
+
+
+@torch.no_grad()
+def average(tensors: list[torch.Tensor], world: World) -> None:
+    """Replace each tensor by its mean over the ranks, taken in float64 so that equal values stay what they are."""
+    flat = torch.cat([tensor.flatten().double() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world.size
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def gather(row: torch.Tensor, world: World) -> torch.Tensor:
+    """Every rank's `row` (1-dimensional, equal length), stacked on the CPU: [world size, n]; the same on all ranks."""
+    rows = [torch.empty_like(row, device="cpu") for _ in range(world.size)]
+    dist.all_gather(rows, row.cpu(), group=world.host_group)
+    return torch.stack(rows)
+
+
+def share_bytes(content: bytes | None, world: World) -> bytes | None:
+    """Rank 0's `content` on every rank; None if it has none."""
+    length = torch.tensor([-1 if content is None else len(content)])
+    dist.broadcast(length, 0, group=world.host_group)
+    if length.item() < 0:
+        return None
+    buffer = torch.empty(length.item(), dtype=torch.uint8)
+    if content is not None and world.leads:
+        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    dist.broadcast(buffer, 0, group=world.host_group)
+    return buffer.numpy().tobytes()
+
+
+def lead(world: World, decide: Callable[[], bytes | None]) -> bytes | None:
+    """What `decide` returns on rank 0, on every rank; its UserError is raised on every rank alike."""
+    answer: bytes | None = None
+    if world.leads:
+        try:
+            content = decide()
+            answer = None if content is None else b"+" + content
+        except UserError as error:
+            answer = b"-" + str(error).encode()
+    answer = share_bytes(answer, world)
+    if answer is not None and answer[:1] == b"-":
+        raise UserError(answer[1:].decode())
+    return answer[1:] if answer is not None else None
+
+
+class Agreement:
+    """A few flags that all ranks see alike at the end of a step: raised by any rank, raised on all.
+
+    The exchange starts before the step's computation and is read after it, so it costs a step nothing.
+    """
+
+    def __init__(self, world: World, names: tuple[str, ...]) -> None:
+        self._world, self._names = world, names
+        self._flags = torch.zeros(len(names), dtype=torch.int32)
+        self._work: Any = None
+
+    def begin(self, **raised: bool) -> None:
+        """Send this rank's flags."""
+        self._flags = torch.tensor([int(raised.get(name, False)) for name in self._names], dtype=torch.int32)
+        self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self._world.host_group, async_op=True)
+
+    def end(self) -> set[str]:
+        """The names of the flags that any rank raised."""
+        self._work.wait()
+        return {name for name, flag in zip(self._names, self._flags.tolist(), strict=True) if flag}
+
+    def now(self, **raised: bool) -> set[str]:
+        """`begin` and `end` in one."""
+        self.begin(**raised)
+        return self.end()
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, and its container's CPU limit (cgroup v2), at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, -(-int(quota) // int(period)))
+    return max(1, cores)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, without torch's C++ stack."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether an error means that a collective could not be finished: a peer died, fell silent or was cut off."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(f"environment variable {name} is {text!r}, not a number; start the ranks with torchrun")
+    return int(text)
+
+
+def _device(config: Config, local_rank: int) -> torch.device:
+    if config.hardware.device == "cpu" or (config.hardware.device == "auto" and not torch.cuda.is_available()):
+        if config.distributed.backend == "nccl":
+            raise UserError("distributed.backend=nccl needs GPUs, and this rank trains on the CPU; set it to auto")
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("hardware.device=cuda, but torch sees no GPU here; set hardware.device=cpu, or mend the driver")
+    if local_rank >= torch.cuda.device_count():
+        raise RankError(
+            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            "lower --nproc-per-node, or set hardware.device=cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere; older ones only emulate it
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False

@@ -1,0 +1,233 @@
+"""One run's parts, put together: data, state, records. The loop in train.py uses them."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import k8scifar
+from k8scifar import checkpoint, model, parallel, records, trained
+from k8scifar.clock import StepClock
+from k8scifar.config import Config
+from k8scifar.data import packed
+from k8scifar.data.augment import Pictures
+from k8scifar.errors import UserError
+from k8scifar.evaluate import Outcome, evaluate
+from k8scifar.parallel import World
+from k8scifar.plan import Plan
+from k8scifar.progress import Progress
+from k8scifar.state import State
+
+
+class Session:
+    """A run that is open on this rank. Opening is collective, and resumes the newest good checkpoint.
+
+    Raises UserError where ranks, data, configuration and checkpoint do not fit each other.
+    """
+
+    def __init__(self, config: Config, manifest: packed.Manifest, world: World, found: bytes | None) -> None:
+        self.config, self.manifest, self.world = config, manifest, world
+        self.folder = records.RunFolder(config.run_dir)
+        self.precision = parallel.resolve_precision(config, world)
+        self.plan = Plan(config, manifest.counts["train"])
+        self.splits = {name: packed.read(Path(config.data.dir), manifest, name) for name in packed.SPLITS}
+        self.train_pictures = self._on_device("train", border=config.augment.translate)
+        self.test_pictures = self._on_device("test")
+        self.state = State.fresh(config, manifest, world)
+        if found is not None:
+            self.state.restore(checkpoint.decode(found, "the checkpoint"))
+        self.first_step = self.state.step
+        self.agreement = parallel.Agreement(world, ("stop", "save", "bad"))
+        self.clock = StepClock(world.device)
+        self.progress = Progress(self.plan.steps, self.first_step, config.log.every_seconds, world.leads)
+        show = world.leads and config.log.tensorboard
+        self.board = records.Board(self.folder.path if show else None, self.first_step)
+        self.board.text("configuration", config.to_yaml())
+        self._writer = None
+        if world.leads:
+            self._writer = checkpoint.Writer(self.folder.checkpoints, config.checkpoint.keep, self.progress.say)
+        self._spent = self.state.history[-1]["seconds"] if self.state.history else 0.0
+        self._started = self._epoch_started = self._saved = time.monotonic()
+        self.outcome: Outcome | None = None
+        self.progress.say(self.headline())
+
+    def headline(self) -> str:
+        """One line that tells what is about to train."""
+        config, world = self.config, self.world
+        resumed = f"; resuming at step {self.state.step}" if self.state.step else ""
+        return (
+            f"{config.name or config.recipe}: {config.model.name}, {model.parameters(self.state.net):,} parameters, "
+            f"{self.manifest.counts['train']:,} + {self.manifest.counts['test']:,} pictures ({self.manifest.source}), "
+            f"world size {world.size}, {world.device.type} {self.precision}, {world.backend}, "
+            f"{torch.get_num_threads()} thread(s) a rank, global batch {config.global_batch}, {config.epochs} epochs of "
+            f"{self.plan.steps_per_epoch} steps{resumed}"
+        )
+
+    @property
+    def checkpoint_is_old(self) -> bool:
+        """Whether `checkpoint.every_seconds` have gone by."""
+        limit = self.config.checkpoint.every_seconds
+        return bool(limit) and time.monotonic() - self._saved > limit
+
+    def save(self) -> None:
+        """Hand a checkpoint of the present state to the writer; collective. Raises UserError if the loss went bad."""
+        payload = self.state.snapshot(self.plan.pixels(max(0, self.state.step - 1)))
+        self.check_finite(parallel.gather(self.state.sums, self.world), self.state.step)
+        if self._writer:
+            self._writer.save(payload, self.state.step, best_step(self.state.history))
+        self._saved = time.monotonic()
+
+    def check_finite(self, sums: torch.Tensor, step: int) -> None:
+        """Raise UserError, naming step, learning rate and last good checkpoint, where a loss is not finite."""
+        if torch.isfinite(sums).all():
+            return
+        files = checkpoint.listed(self.folder.checkpoints) if self.world.leads else []
+        good = f"the last good checkpoint is {files[0]}" if files else "there is no checkpoint before it"
+        raise UserError(
+            f"the loss is not finite at step {step} (epoch {step / self.plan.steps_per_epoch:.2f}, learning rate "
+            f"{self.plan.lr(step - 1):.4g}); {good}; lower optimizer.lr or lengthen schedule.warmup"
+        )
+
+    def finish_epoch(self, keep_going) -> None:
+        """Average the statistics, evaluate if due, record the epoch; collective.
+
+        Raises evaluate.Stopped where `keep_going` ends the evaluation; the epoch is then still to be finished.
+        """
+        state, step = self.state, self.state.step
+        epoch, final = step // self.plan.steps_per_epoch, step == self.plan.steps
+        seconds = time.monotonic() - self._epoch_started
+        sums = state.sums.clone()
+        dist.all_reduce(sums)
+        self.check_finite(sums, step)
+        parallel.average(model.running_statistics(state.norms), self.world)
+        pixels = self.plan.pixels(step - 1)
+        record: dict[str, Any] = {
+            "epoch": epoch,
+            "step": step,
+            "pixels": pixels,
+            "lr": self.plan.lr(step - 1),
+            "train_loss": (sums[0] / sums[2]).item(),
+            "train_accuracy": (sums[1] / sums[2]).item(),
+        }
+        every = self.config.evaluation.every_epochs
+        if final or (every and epoch % every == 0):
+            self.outcome = self.evaluate(pixels, final, keep_going)
+            record |= {f"test_{key}": value for key, value in self.outcome.figures.items() if key != "per_class"}
+        steps_here = step - max(self.first_step, step - self.plan.steps_per_epoch)
+        record["images_per_second"] = round(steps_here * self.config.global_batch / max(seconds, 1e-9), 1)
+        record["seconds"] = round(self._spent + time.monotonic() - self._started, 1)
+        state.history.append(record)
+        state.sums.zero_()
+        self._record(record)
+        self._epoch_started = time.monotonic()
+
+    def evaluate(self, pixels: int, final: bool, keep_going) -> Outcome:
+        """Evaluate the weights, or their average where there is one; the last time on all pictures, with TTA."""
+        settings, average = self.config.evaluation, self.state.average
+        if average:
+            average.swap()
+        try:
+            return evaluate(
+                self.state.net,
+                self.test_pictures,
+                self.world,
+                classes=len(self.manifest.classes),
+                pixels=pixels,
+                batch=settings.batch,
+                limit=0 if final else settings.interim_images,
+                tta=settings.tta and final,
+                precision=self.precision,
+                keep_going=keep_going,
+            )
+        finally:
+            if average:
+                average.swap()
+
+    def complete(self) -> dict[str, Any]:
+        """Export the weights and write the summary, the last act of a run. Returns the summary."""
+        self._close_writer()
+        summary: dict[str, Any] = {}
+        if self.world.leads:
+            state, config = self.state, self.config
+            if state.average:
+                state.average.swap()
+            manifest = self.manifest
+            model_file = trained.Trained(
+                state.net, config.model, manifest.classes, manifest.mean, manifest.std, self.plan.last_pixels
+            )
+            weights = self.folder.export(model_file)
+            summary = records.summarise(state, self.plan, self.outcome, self.precision, weights)
+            self.folder.write_summary(summary)
+            self.board.text("summary", json.dumps(summary, indent=1))
+            self.progress.say(records.describe(summary, self.folder.path))
+        return summary
+
+    def close(self) -> None:
+        """Finish what is being written; not collective."""
+        self._close_writer()
+        self.board.close()
+        self.progress.close()
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if not self.world.leads:
+            return
+        self.folder.write_metrics(self.state.history)
+        curves = {name.replace("_", "/", 1): value for name, value in record.items() if name.startswith(("train_", "test_"))}
+        self.board.scalars(curves, self.state.step)
+        if self.outcome:
+            self.board.outcome(self.outcome, self.splits["test"], self.manifest.classes, self.state.step)
+        self.progress.say(records.epoch_line(record, self.config.epochs))
+
+    def _on_device(self, name: str, border: int = 0) -> Pictures:
+        split = self.splits[name]
+        images, labels = (torch.from_numpy(array).to(self.world.device) for array in (split.images, split.labels))
+        return Pictures(images, labels, self.manifest.mean, self.manifest.std, border)
+
+    def _close_writer(self) -> None:
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+
+
+def find(config: Config, manifest: packed.Manifest, world: World) -> tuple[dict[str, Any] | None, bytes | None]:
+    """Meet the other ranks, then let rank 0 look at the run folder: (summary of a finished run, newest checkpoint).
+
+    Collective; the same on all ranks. Raises UserError where ranks differ or the folder can't be used.
+    """
+    parallel.meet(world, config.identity() | {"data": manifest.fingerprint, "version": k8scifar.__version__})
+    answer = parallel.lead(world, lambda: _look(records.RunFolder(config.run_dir), config))
+    if answer is not None and answer[:1] == b"S":
+        return json.loads(answer[1:]), None
+    return None, answer[1:] if answer is not None else None
+
+
+def _look(folder: records.RunFolder, config: Config) -> bytes | None:
+    """Rank 0's part of `find`: b"S" + a summary, b"C" + a checkpoint, or None for a fresh run."""
+    summary = folder.summary()
+    if summary and folder.is_finished(summary, config):
+        return b"S" + json.dumps(summary).encode()
+    for path, content, why in checkpoint.newest_good(folder.checkpoints):
+        if content is None:
+            records.say(f"{why}; trying the one before")
+            continue
+        folder.create(config)
+        folder.forget_summary()
+        records.say(f"resuming from {path}")
+        return b"C" + content
+    if summary:
+        raise UserError(f"{folder.path} has a summary but no checkpoint to go on from; give the run another --name")
+    if checkpoint.listed(folder.checkpoints):
+        raise UserError(f"no checkpoint in {folder.checkpoints} is whole; remove them to start anew, or use another --name")
+    folder.create(config)
+    return None
+
+
+def best_step(history: list[dict[str, Any]]) -> int | None:
+    """The step of the epoch with the highest test accuracy so far, None before the first evaluation."""
+    scored = [record for record in history if "test_accuracy" in record]
+    return max(scored, key=lambda record: record["test_accuracy"])["step"] if scored else None

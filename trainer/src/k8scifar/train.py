@@ -1,0 +1,152 @@
+"""The training loop: read `train` from top to bottom and nothing is hidden."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from k8scifar import model, optim, parallel, records, settings
+from k8scifar.data.prepare import require
+from k8scifar.errors import PREEMPTED, TrainingError
+from k8scifar.evaluate import Stopped
+from k8scifar.session import Session, find
+
+add_arguments = settings.add_arguments
+
+
+class Preempted(Exception):
+    """SIGTERM came; the state is saved."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """`k8scifar train`: one rank."""
+    config = settings.from_arguments(args)
+    manifest = require(Path(config.data.dir))
+    with parallel.join(config) as world:
+        finished, checkpoint = find(config, manifest, world)
+        if finished:
+            if world.leads:
+                records.say(f"already finished: {records.describe(finished, config.run_dir)}")
+            return 0
+        session = Session(config, manifest, world, checkpoint)
+        try:
+            with _sigterm() as stop:
+                train(session, stop)
+            session.complete()
+        except Preempted:
+            session.progress.say(f"stopped by SIGTERM at step {session.state.step}; saved; the same command resumes")
+            return PREEMPTED
+        except RuntimeError as error:
+            if not parallel.is_peer_failure(error):
+                raise
+            raise TrainingError(
+                f"rank {world.rank} lost a peer after step {session.state.step}: {parallel.first_line(error)}"
+            ) from None
+        finally:
+            session.close()
+    return 0
+
+
+def train(session: Session, stop: threading.Event) -> None:
+    """Train to the last step; collective. Raises Preempted once `stop` is set on any rank and the state is saved."""
+    config, world, state, plan = session.config, session.world, session.state, session.plan
+    clock, agreement, pictures = session.clock, session.agreement, session.train_pictures
+    first_layer = next(state.net.parameters())  # backward reaches it last: what follows is waiting for the ranks
+    hook = first_layer.register_post_accumulate_grad_hook(lambda _: clock.mark("communication"))
+    share, share_epoch = None, -1
+    bad = False
+    shown_step, shown_at = state.step, time.monotonic()
+    while True:
+        # The end of an epoch: evaluate, record, save.
+        if state.step and state.step // plan.steps_per_epoch > len(state.history) and state.step % plan.steps_per_epoch == 0:
+            try:
+                session.finish_epoch(lambda: not agreement.now(stop=stop.is_set()))
+            except Stopped:
+                session.save()
+                raise Preempted from None
+            if len(state.history) % config.checkpoint.every_epochs == 0 or state.step == plan.steps:
+                session.save()
+            shown_step, shown_at = state.step, time.monotonic()
+        if state.step >= plan.steps:
+            hook.remove()
+            return
+
+        # One step: this rank's micro-batches of the global batch.
+        agreement.begin(stop=stop.is_set(), save=world.leads and session.checkpoint_is_old, bad=bad)
+        epoch, step_in_epoch = divmod(state.step, plan.steps_per_epoch)
+        if share_epoch != epoch:
+            share, share_epoch = plan.order.share(epoch, world.rank, world.size).to(world.device), epoch
+        pixels, lr = plan.pixels(state.step), plan.lr(state.step)
+        micro_batches = share[step_in_epoch]
+        optim.set_lr(state.optimizer, lr)
+        step_loss = torch.zeros((), dtype=torch.float64, device=world.device)
+        for index, samples in enumerate(micro_batches):
+            clock.mark("data")
+            inputs = pictures.augmented(samples, pixels, seed=config.seed, epoch=epoch, **dict(config.augment))
+            labels = pictures.labels[samples]
+            clock.mark("compute")
+            model.set_norm_momentum(state.norms, index, len(micro_batches))
+            is_last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if is_last else state.ddp.no_sync():
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=session.precision == "bf16"):
+                    logits = state.ddp(inputs)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+                (loss / len(micro_batches)).backward()
+            with torch.no_grad():
+                step_loss += loss / len(micro_batches)
+                state.sums[0] += loss * len(labels)
+                state.sums[1] += (logits.argmax(1) == labels).sum()
+                state.sums[2] += len(labels)
+        clock.mark("compute")
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=False)  # the gradients are views into DDP's buckets
+        if state.average:
+            state.average.update()
+        clock.mark("between steps")
+        state.step += 1
+        records.touch_heartbeat()
+
+        # Tell people.
+        curves_due = world.leads and (state.step % config.log.every_steps == 0 or state.step == session.first_step + 1)
+        if session.progress.due or curves_due:
+            now = time.monotonic()
+            rate = (state.step - shown_step) * config.global_batch / max(now - shown_at, 1e-9)
+            if session.progress.due:
+                session.progress.step(state.step, state.step / plan.steps_per_epoch, step_loss.item(), lr, rate)
+            if curves_due:
+                session.board.step(state.step, step_loss.item(), lr, rate, clock.read())
+                shown_step, shown_at = state.step, now
+        if world.leads and state.step in (session.first_step + 1, (epoch + 1) * plan.steps_per_epoch):
+            session.board.inputs(inputs, session.manifest, state.step)
+        if world.device.type == "cpu" or state.step % config.log.every_steps == 0:  # reading a GPU's loss waits for it
+            bad = not torch.isfinite(step_loss).item()
+
+        # Agree with the other ranks: stop, save, or give up.
+        agreed = agreement.end()
+        if "bad" in agreed:
+            session.check_finite(torch.tensor(float("nan")), state.step - 1)
+        at_interval = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
+        epoch_ends = state.step % plan.steps_per_epoch == 0
+        if "stop" in agreed or ("save" in agreed or at_interval) and not epoch_ends:
+            session.save()
+        if "stop" in agreed:
+            raise Preempted
+
+
+@contextlib.contextmanager
+def _sigterm() -> Any:
+    """An event that SIGTERM sets, in place of ending the process."""
+    stop = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)
