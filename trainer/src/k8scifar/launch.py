@@ -12,7 +12,7 @@ from k8scifar import config as configuration
 from k8scifar import processes
 from k8scifar.config import Config
 from k8scifar.errors import UserError
-from k8scifar.plan import Plan
+from k8scifar.node import Plan
 from k8scifar.supervise import Supervisor
 
 DEFAULT_PORT = 29500

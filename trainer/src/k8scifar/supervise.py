@@ -18,7 +18,7 @@ from pathlib import Path
 from k8scifar import completion, network, processes
 from k8scifar.agent import PREEMPTED
 from k8scifar.errors import FAILED, USER_MISTAKE
-from k8scifar.plan import Plan
+from k8scifar.node import Plan
 
 POLL = 0.1  # seconds between two looks at the child
 LINGER = 5.0  # seconds that torchrun gets to end by itself after its ranks have
