@@ -1,0 +1,78 @@
+"""How the nodes' agents meet: each knocks at node 0's store, and all leave together when one had to come again.
+
+Static rendezvous alone leaves a gap. A node that starts anew while the others still wait in the old attempt joins
+the old store and is handed old addresses; both sides then wait for the process-group time-out. So an agent that
+finds its own earlier visit in the store says so there and waits for a new store, and every agent watches for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+import sys
+import threading
+import time
+
+from k8scifar.errors import FAILED
+
+AGAIN = "k8scifar/again"
+ANSWER = datetime.timedelta(seconds=30)  # the longest wait for node 0's store; its machine is lost beyond that
+GRACE = 5.0  # seconds between losing the store and giving up: at the end of training it just closes first
+
+
+def knock(address: str, port: int, rank: int, seconds: float):
+    """Connect to a store that this node has not visited before; returns it. Raises TimeoutError.
+
+    Asks for the name and connects anew each time, since node 0 may come back under another address.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            store = connect(address, port)
+            if store.add(f"k8scifar/node/{rank}", 1) == 1:
+                return store
+            store.set(AGAIN, str(rank))
+            while time.monotonic() < end:  # until the old store is gone
+                store.check([AGAIN])
+                time.sleep(0.2)
+        time.sleep(0.2)
+    raise TimeoutError(f"node 0 did not answer at {address}:{port} within {seconds:.0f} s")
+
+
+def connect(address: str, port: int):
+    """A client of node 0's store, which does not count as one of the nodes. Raises OSError or RuntimeError."""
+    from torch.distributed import TCPStore
+
+    socket.create_connection((address, port), timeout=2).close()  # torch's own retries are seconds apart
+    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=ANSWER)
+
+
+def watch(address: str, port: int, store=None) -> None:
+    """From now on end this process when a node had to start anew, or when node 0's store is lost."""
+    threading.Thread(target=_watch, args=(address, port, store), daemon=True).start()
+
+
+def _watch(address: str, port: int, store) -> None:
+    while store is None:
+        try:
+            store = connect(address, port)
+        except (OSError, RuntimeError, ValueError):
+            time.sleep(0.2)
+    try:
+        while not store.check([AGAIN]):
+            time.sleep(0.5)
+        _leave(f"node {store.get(AGAIN).decode()} has started anew")
+    except RuntimeError:
+        time.sleep(GRACE)
+        _leave("node 0 was lost")
+
+
+def _leave(reason: str) -> None:
+    """End at once; the kernel ends this process's ranks with it."""
+    if folder := os.environ.get("K8SCIFAR_SCRATCH"):
+        with contextlib.suppress(OSError), open(os.path.join(folder, "reason.agent"), "w") as file:
+            file.write(reason)
+    sys.stderr.flush()
+    os._exit(FAILED)

@@ -1,0 +1,249 @@
+"""The loop around torchrun: start it, watch it, start it again when a peer was lost, and end for good reasons only.
+
+It never imports torch. A fault of a peer costs one attempt and a short pause that does not grow, and never this
+process: in a pod the container goes on, so that the kubelet's crash back-off has nothing to grow from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from k8scifar import completion, network, processes
+from k8scifar.agent import PREEMPTED
+from k8scifar.errors import FAILED, USER_MISTAKE
+from k8scifar.node import Plan
+
+POLL = 0.1  # seconds between two looks at the child
+LINGER = 5.0  # seconds that torchrun gets to end by itself after its ranks have
+
+
+def say(text: str) -> None:
+    """One line for the log."""
+    print(f"k8scifar: {text}", file=sys.stderr, flush=True)
+
+
+class Supervisor:
+    """Runs one node's part of the job to its end; `run` returns the process's exit code."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.signals = 0
+        self.reason = ""
+        self.heartbeat = plan.environment.get("K8SCIFAR_HEARTBEAT")
+        self.termination_log = Path(plan.environment.get("K8SCIFAR_TERMINATION_LOG", "/dev/termination-log"))
+        self._next: dict[str, float] = {}
+
+    def run(self) -> int:
+        """Attempt after attempt until training is done, a person is needed, or a signal says stop."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        processes.adopt_orphans()
+        attempts = 0
+        while not self.signals:
+            if self.plan.nnodes > 1 and self._is_finished():
+                return self._after_done()
+            if not self._wait_until(self._master_resolves, self._unresolved()) or not self._port_ready():
+                say(f"error: {self.reason}")
+                return self._end(FAILED if self.plan.restart else USER_MISTAKE)
+            if self.signals:
+                break
+            attempts += 1
+            code = self._attempt()
+            if self.signals:
+                return self._stopped(code)
+            if code == 0:
+                return self._after_done()
+            if code == USER_MISTAKE or not self.plan.restart:
+                return self._end(code)
+            pause = self.plan.pause * random.uniform(0.5, 1.5)
+            self._note(self.reason)
+            say(f"attempt {attempts} ended ({self.reason or 'a peer was lost'}); the next starts in {pause:.1f} s")
+            self._sleep(pause)
+        return self._stopped(PREEMPTED)
+
+    # Before an attempt
+
+    def _unresolved(self) -> str:
+        name = self.plan.master_addr
+        return f"the name {name} does not resolve; is node 0 scheduled, and does its headless Service exist?"
+
+    def _master_resolves(self) -> bool:
+        return self.plan.nnodes == 1 or bool(network.resolve(self.plan.master_addr))
+
+    def _port_ready(self) -> bool:
+        plan = self.plan
+        if plan.node_rank or plan.master_port is None:
+            return True
+        text = f"port {plan.master_port} of this machine is in use; end what holds it or choose another --master-port"
+        if not plan.restart and not network.port_is_free(plan.master_port):
+            self.reason = text
+            return False
+        return self._wait_until(lambda: network.port_is_free(plan.master_port), text)
+
+    def _wait_until(self, ready, otherwise: str) -> bool:
+        """Wait at most `plan.wait` seconds; False, and `otherwise` as the reason, if it did not come."""
+        start = time.monotonic()
+        while not self.signals:
+            completion.touch(self.heartbeat)
+            if ready():
+                return True
+            waited = time.monotonic() - start
+            if waited > self.plan.wait:
+                self.reason = f"{otherwise} (waited {waited:.0f} s)"
+                return False
+            if waited > 5 and self._due("wait", 30):
+                say(f"waiting: {otherwise} ({waited:.0f} of {self.plan.wait:.0f} s)")
+            self._sleep(0.5)
+        return True
+
+    # One attempt
+
+    def _attempt(self) -> int:
+        """One run of torchrun. No process of it is left afterwards."""
+        self.reason = ""
+        scratch = Path(tempfile.mkdtemp(prefix="k8scifar-"))
+        child = processes.Child(
+            self.plan.command(self.plan.master_port or network.free_port()), self.plan.child_environment(scratch)
+        )
+        try:
+            self._watch(child, scratch)
+        finally:
+            child.kill_tree()
+            code = self._judge(child.code, scratch)
+            shutil.rmtree(scratch, ignore_errors=True)
+        return code
+
+    def _watch(self, child: processes.Child, scratch: Path) -> None:
+        """Return when torchrun has ended, or should be ended by force."""
+        started_at, deadline, told = time.monotonic(), None, 0
+        self._next.clear()
+        while child.poll() is None:
+            now = time.monotonic()
+            if self.signals > told:
+                told = self.signals
+                child.signal(signal.SIGTERM)
+                deadline = now + (self.plan.shutdown_timeout + LINGER if told == 1 else 0.0)
+            elif not self.signals and deadline is None and self._over(scratch):
+                deadline = now + LINGER
+            if deadline is not None and now >= deadline:
+                return
+            joined = any(scratch.glob("started.*"))
+            if not joined and self._due("joining", 5):
+                completion.touch(self.heartbeat)
+                if self.plan.nnodes > 1 and self._is_finished():
+                    return
+            if not joined and now - started_at > 20 and self._due("waiting", 30):
+                where = f"{self.plan.master_addr}:{self.plan.master_port}"
+                say(f"waiting for all {self.plan.nnodes} nodes to meet at {where} ({now - started_at:.0f} s)")
+            time.sleep(POLL)
+
+    def _over(self, scratch: Path) -> bool:
+        """Whether one local rank has failed, or all have ended."""
+        codes = self._exit_codes(scratch)
+        return any(codes) or len(codes) == self.plan.nproc_per_node
+
+    @staticmethod
+    def _exit_codes(scratch: Path) -> list[int]:
+        texts = [path.read_text() for path in sorted(scratch.glob("exit.*"))]
+        return [int(text) for text in texts if text]
+
+    def _judge(self, code: int | None, scratch: Path) -> int:
+        """The attempt's exit code, from torchrun's own and those that the ranks left."""
+        codes, ranks = self._exit_codes(scratch), self.plan.nproc_per_node
+        reasons = sorted(scratch.glob("reason.*"), key=lambda path: path.stat().st_mtime)
+        mistakes = [path for path in reasons if _read(path.with_name(f"exit{path.suffix}")) == str(USER_MISTAKE)]
+        for path in mistakes or reasons:
+            self.reason = self.reason or _read(path)
+        if self.plan.nnodes > 1 and not codes and not self.signals and self._is_finished():
+            return 0
+        if len(codes) == ranks and not any(codes):
+            return 0 if self._marked() else FAILED
+        if USER_MISTAKE in codes or code == USER_MISTAKE:
+            return USER_MISTAKE
+        saved = len(codes) == ranks and set(codes) <= {0, PREEMPTED}
+        if saved or (self.signals and not any(scratch.glob("started.*"))):
+            self.reason = self.reason or "training was told to stop and has saved"
+            return PREEMPTED
+        return FAILED
+
+    def _marked(self) -> bool:
+        """Whether rank 0's marker is there too; without it rank 0 will need this node again."""
+        if self.plan.node_rank == 0 or not self.plan.config.run_dir.is_dir():
+            return True  # rank 0 has written it, or the run folder is on another machine
+        end = time.monotonic() + 60
+        while not self.signals and time.monotonic() < end:
+            if completion.finished(self.plan.config):
+                return True
+            completion.touch(self.heartbeat)
+            self._sleep(1.0)
+        self.reason = f"this node's ranks are done, but rank 0 has left no {completion.MARKER}"
+        return bool(self.signals)
+
+    # The end
+
+    def _is_finished(self) -> bool:
+        return completion.finished(self.plan.config) is not None
+
+    def _after_done(self) -> int:
+        self._note("done")
+        if self.plan.when_done == "exit":
+            return 0
+        if self.plan.when_done == "scale-down" and self.plan.node_rank == 0:
+            name = self.plan.environment.get("K8SCIFAR_STATEFULSET", "")
+            problem = completion.scale_down(name, self._sleep)
+            say(f"could not scale down: {problem}" if problem else f"StatefulSet {name} is scaled to zero")
+        found, wanted = completion.summary(self.plan.config.run_dir) or {}, self.plan.config.fingerprint()
+        other = " by another configuration; to train anew, set another name" * (
+            found.get("config_fingerprint", wanted) != wanted
+        )
+        say(f"training is done ({self.plan.config.run_dir}){other}; holding until the pod is stopped")
+        completion.hold(self.heartbeat, lambda: self.signals > 0)
+        return 0
+
+    def _stopped(self, code: int) -> int:
+        if code in (0, PREEMPTED):
+            # In a Job an exit code of 0 would count as completed.
+            return self._end(PREEMPTED) if self.plan.when_done == "exit" else 0
+        self.reason = self.reason or "stopped before the ranks could save; training resumes from the last checkpoint"
+        say(self.reason)
+        return self._end(code)
+
+    def _end(self, code: int) -> int:
+        self._note(self.reason)
+        return code
+
+    def _note(self, text: str) -> None:
+        """Leave the reason where the kubelet takes a container's termination message from."""
+        with contextlib.suppress(OSError):
+            if text and self.termination_log.parent.is_dir():
+                self.termination_log.write_text(f"{text[:1000]}\n")
+
+    def _on_signal(self, *_: object) -> None:
+        self.signals += 1
+
+    def _due(self, name: str, seconds: float) -> bool:
+        """True at the first call of that name, then once each `seconds`."""
+        now = time.monotonic()
+        if now < self._next.get(name, 0.0):
+            return False
+        self._next[name] = now + seconds
+        return True
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self.signals and (left := end - time.monotonic()) > 0:
+            time.sleep(min(POLL, left))
+
+
+def _read(path: Path) -> str:
+    try:
+        return " ".join(path.read_text().split())
+    except OSError:
+        return ""

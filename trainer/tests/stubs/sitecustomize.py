@@ -1,0 +1,33 @@
+"""Puts a stand-in for the command line before the real one: `launch` is real, `train` does what STUB_TRAIN says.
+
+On PYTHONPATH of the launcher's tests only. STUB_TRAIN is Python source that defines `train(arguments) -> int`.
+"""
+
+import os
+import sys
+import types
+
+if source := os.environ.get("STUB_TRAIN"):
+
+    def main(arguments=None):
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if arguments[0] == "train":
+            scope = {}
+            exec(source, scope)
+            return scope["train"](arguments[1:])
+        import argparse
+
+        from k8scifar import launch
+        from k8scifar.errors import UserError
+
+        parser = argparse.ArgumentParser(prog="k8scifar launch")
+        launch.add_arguments(parser)
+        try:
+            return launch.run(parser.parse_args(arguments[1:]))
+        except UserError as error:
+            print(f"k8scifar: error: {error}", file=sys.stderr)
+            return 2
+
+    module = types.ModuleType("k8scifar.cli")
+    module.main = main
+    sys.modules["k8scifar.cli"] = module
