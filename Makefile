@@ -17,6 +17,7 @@ DATA_DIR ?= data
 RUNS_DIR ?= runs
 NAME ?= $(RECIPE)
 ARGS ?=
+TESTS ?= trainer/tests
 
 ##@ Set-up
 help: ## print every task
@@ -52,8 +53,8 @@ tensorboard: $(READY) ## serve TensorBoard for RUNS_DIR on port 6006
 	@$(BIN)/tensorboard --logdir "$(RUNS_DIR)" --bind_all --port 6006
 
 ##@ Development
-test: $(READY) ## run the tests; ARGS go to pytest
-	@$(BIN)/python -m pytest trainer/tests $(ARGS)
+test: $(READY) ## run the tests; TESTS=file picks some, ARGS go to pytest
+	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
 lint: $(READY) ## check style and likely mistakes
 	@$(BIN)/ruff check trainer

@@ -16,6 +16,7 @@ from k8scifar.errors import FAILED, USER_MISTAKE, RankError, TrainingError, User
 COMMANDS = {
     "prepare": ("data.prepare", "add_arguments", "run", "bring a data set into its packed form"),
     "train": ("train", "add_arguments", "run", "train: one rank, under torchrun or alone"),
+    "launch": ("launch", "add_arguments", "run", "run torchrun on this machine, supervised"),
     "evaluate": ("evaluate", "add_arguments", "run", "evaluate a trained model on the test pictures"),
     "predict": ("predict", "add_arguments", "run", "classify pictures"),
     "config": ("settings", "add_config_arguments", "run_config", "print the resolved configuration, or its schema"),

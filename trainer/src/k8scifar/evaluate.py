@@ -135,16 +135,19 @@ def _per_picture_metric(count: int) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of `k8scifar evaluate`."""
     parser.add_argument("checkpoint", help="a checkpoint (.pt), exported weights (.safetensors) or a run folder")
-    parser.add_argument("--data-dir", default="data", metavar="DIR", help="folder of the packed data set (default: data)")
+    parser.add_argument(
+        "--data-dir", default="data", metavar="DIR", help="folder of the packed data set (default: data)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="one value")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """`k8scifar evaluate`."""
-    from k8scifar.config import load
     from k8scifar.data.packed import read
     from k8scifar.data.prepare import require
     from k8scifar.errors import UserError
+    from k8scifar.settings import load
     from k8scifar.trained import open_model
 
     trained = open_model(Path(args.checkpoint))
@@ -155,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
             f"{', '.join(manifest.classes)}; point --data-dir at the data it was trained on"
         )
     split = read(Path(args.data_dir), manifest, "test")
-    config = load()
+    config = load(sets=args.sets)
     with parallel.join(config) as world:
         images, labels = (torch.from_numpy(array).to(world.device) for array in (split.images, split.labels))
         pictures = Pictures(images, labels, trained.mean, trained.std)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import socket
 
-from k8scifar import config as configuration
-from k8scifar import processes
-from k8scifar.config import Config
+from k8scifar import processes, settings
 from k8scifar.errors import UserError
 from k8scifar.node import Plan
 from k8scifar.supervise import Supervisor
@@ -40,13 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--shutdown-timeout", type=_count, default=60, metavar="SECONDS", help="time to save after SIGTERM (60)"
     )
-    train = parser.add_argument_group("training")
-    train.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(configuration.recipe_names())}")
-    train.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; repeatable")
-    train.add_argument("--data-dir", metavar="DIR", help="folder of the prepared data set")
-    train.add_argument("--runs-dir", metavar="DIR", help="folder of the run folders")
-    train.add_argument("--name", help="name of the run")
+    settings.add_arguments(parser.add_argument_group("training"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,11 +56,11 @@ def plan(args: argparse.Namespace, environment: os._Environ[str] | dict[str, str
         raise UserError(f"--master-port {args.master_port} must be from 1 to 65535")
     if not args.wait > 0:
         raise UserError(f"--wait {args.wait:g} must be above 0 seconds")
-    config = load(args)
+    config = settings.from_arguments(args)
     nproc = args.nproc_per_node or (processes.visible_gpus(environment) if config.hardware.device != "cpu" else 0) or 1
-    args.set = [*args.set, f"distributed.world_size={args.nnodes * nproc}"]
+    args.sets = [*args.sets, f"distributed.world_size={args.nnodes * nproc}"]
     return Plan(
-        config=load(args),
+        config=settings.from_arguments(args),
         train_arguments=train_arguments(args),
         nnodes=args.nnodes,
         nproc_per_node=nproc,
@@ -84,13 +75,6 @@ def plan(args: argparse.Namespace, environment: os._Environ[str] | dict[str, str
     )
 
 
-def load(args: argparse.Namespace) -> Config:
-    """The configuration that `train` will resolve from the same options. Raises UserError."""
-    paths = {"data.dir": args.data_dir, "runs_dir": args.runs_dir, "name": args.name}
-    sets = [f"{key}={json.dumps(value)}" for key, value in paths.items() if value is not None]
-    return configuration.load(args.config, [*args.set, *sets], args.recipe)
-
-
 def train_arguments(args: argparse.Namespace) -> list[str]:
     """The options that `train` takes over unchanged."""
     options = {
@@ -101,7 +85,7 @@ def train_arguments(args: argparse.Namespace) -> list[str]:
         "--name": args.name,
     }
     given = [f"{option}={value}" for option, value in options.items() if value is not None]
-    return given + [f"--set={item}" for item in args.set]
+    return given + [f"--set={item}" for item in args.sets]
 
 
 def node_rank(nnodes: int, environment: os._Environ[str] | dict[str, str]) -> int:

@@ -58,7 +58,8 @@ def set_norm_momentum(layers: list[nn.BatchNorm2d], index: int, count: int) -> N
     """Make a step's `count` micro-batches on this rank count equally in the running statistics.
 
     With m the momentum of a whole step and s_i a micro-batch's statistics (their variance unbiased), the micro-batches
-    0..count-1 in turn leave R <- (1 - m) R + m mean(s_i): micro-batch `index` takes m / (count - (count - 1 - index) m).
+    0..count-1 in turn leave R <- (1 - m) R + m mean(s_i), if micro-batch `index` takes the momentum
+    m / (count - (count - 1 - index) m).
     This is linear in the statistics, so the mean over ranks of their running statistics is what one rank that had seen
     all micro-batches would hold; `parallel.average` takes that mean at the end of each epoch. The running variance is
     so the mean of the micro-batches' variances, not the variance of the global batch.

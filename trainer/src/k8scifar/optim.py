@@ -17,9 +17,7 @@ def build(net: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": settings.weight_decay if settings.decay == "all" else 0.0},
     ]
-    return torch.optim.SGD(
-        groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov, fused=True
-    )
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -198,7 +198,9 @@ def first_line(error: BaseException) -> str:
 def is_peer_failure(error: BaseException) -> bool:
     """Whether an error means that a collective could not be finished: a peer died, fell silent or was cut off."""
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "nccl", "connection", "timed out")
+    )
 
 
 def _integer(name: str, default: int) -> int:

@@ -116,7 +116,7 @@ class Board:
                 self._writer.add_scalar(name, value, step)
 
     def step(self, step: int, loss: float, lr: float, images_per_second: float, seconds: dict[str, float]) -> None:
-        """Add a point to the step curves; `seconds` is where the time since the last point went, of which the shares."""
+        """Add a point to the step curves; `seconds`: where the time since the last point went, shown as shares."""
         total = sum(seconds.values()) or 1.0
         shares = {f"time/{part}": value / total for part, value in seconds.items()}
         self.scalars({"step/loss": loss, "step/lr": lr, "step/images_per_second": images_per_second} | shares, step)
@@ -157,9 +157,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
         weights: sha256 of the exported weights.
     """
     figures, last = outcome.figures, state.history[-1]
-    flops = sum(
-        count * model.training_flops(state.net, pixels) for pixels, count in plan.pictures_at().items()
-    )
+    flops = sum(count * model.training_flops(state.net, pixels) for pixels, count in plan.pictures_at().items())
     return {
         "accuracy": figures["accuracy"],
         "accuracy_tta": figures.get("accuracy_tta"),

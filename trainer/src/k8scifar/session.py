@@ -16,7 +16,7 @@ from k8scifar.clock import StepClock
 from k8scifar.config import Config
 from k8scifar.data import packed
 from k8scifar.data.augment import Pictures
-from k8scifar.errors import UserError
+from k8scifar.errors import TrainingError, UserError
 from k8scifar.evaluate import Outcome, evaluate
 from k8scifar.parallel import World
 from k8scifar.plan import Plan
@@ -64,8 +64,8 @@ class Session:
             f"{config.name or config.recipe}: {config.model.name}, {model.parameters(self.state.net):,} parameters, "
             f"{self.manifest.counts['train']:,} + {self.manifest.counts['test']:,} pictures ({self.manifest.source}), "
             f"world size {world.size}, {world.device.type} {self.precision}, {world.backend}, "
-            f"{torch.get_num_threads()} thread(s) a rank, global batch {config.global_batch}, {config.epochs} epochs of "
-            f"{self.plan.steps_per_epoch} steps{resumed}"
+            f"{torch.get_num_threads()} thread(s) a rank, global batch {config.global_batch}, "
+            f"{config.epochs} epochs of {self.plan.steps_per_epoch} steps{resumed}"
         )
 
     @property
@@ -92,6 +92,11 @@ class Session:
             f"the loss is not finite at step {step} (epoch {step / self.plan.steps_per_epoch:.2f}, learning rate "
             f"{self.plan.lr(step - 1):.4g}); {good}; lower optimizer.lr or lengthen schedule.warmup"
         )
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether an epoch's last step is done and its end (evaluation, record) is not."""
+        return self.state.step == (len(self.state.history) + 1) * self.plan.steps_per_epoch
 
     def finish_epoch(self, keep_going) -> None:
         """Average the statistics, evaluate if due, record the epoch; collective.
@@ -149,7 +154,9 @@ class Session:
                 average.swap()
 
     def complete(self) -> dict[str, Any]:
-        """Export the weights and write the summary, the last act of a run. Returns the summary."""
+        """Export the weights and write the summary, the last act of a run; collective. Returns rank 0's summary."""
+        if self.outcome is None:  # resumed between the last checkpoint and here
+            self.outcome = self.evaluate(self.plan.last_pixels, final=True, keep_going=lambda: True)
         self._close_writer()
         summary: dict[str, Any] = {}
         if self.world.leads:
@@ -176,8 +183,13 @@ class Session:
     def _record(self, record: dict[str, Any]) -> None:
         if not self.world.leads:
             return
-        self.folder.write_metrics(self.state.history)
-        curves = {name.replace("_", "/", 1): value for name, value in record.items() if name.startswith(("train_", "test_"))}
+        try:
+            self.folder.write_metrics(self.state.history)
+        except TrainingError as error:  # the next epoch writes all lines again
+            self.progress.say(f"{error}; training goes on")
+        curves = {
+            name.replace("_", "/", 1): value for name, value in record.items() if name.startswith(("train_", "test_"))
+        }
         self.board.scalars(curves, self.state.step)
         if self.outcome:
             self.board.outcome(self.outcome, self.splits["test"], self.manifest.classes, self.state.step)
@@ -222,7 +234,9 @@ def _look(folder: records.RunFolder, config: Config) -> bytes | None:
     if summary:
         raise UserError(f"{folder.path} has a summary but no checkpoint to go on from; give the run another --name")
     if checkpoint.listed(folder.checkpoints):
-        raise UserError(f"no checkpoint in {folder.checkpoints} is whole; remove them to start anew, or use another --name")
+        raise UserError(
+            f"no checkpoint in {folder.checkpoints} is whole; remove them to start anew, or use another --name"
+        )
     folder.create(config)
     return None
 

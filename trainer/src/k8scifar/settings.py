@@ -21,11 +21,13 @@ from k8scifar.config import DEFAULT_RECIPE, Config
 from k8scifar.errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     """The options that decide a configuration."""
     parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from: {', '.join(recipe_names())}")
     parser.add_argument("--config", metavar="FILE", help="YAML file laid over the recipe")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="one value, repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="one value, repeatable"
+    )
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the packed data set (data.dir)")
     parser.add_argument("--runs-dir", metavar="DIR", help="folder of the run folders (runs_dir)")
     parser.add_argument("--name", metavar="NAME", help="name of the run, and of its folder (name)")

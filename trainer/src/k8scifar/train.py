@@ -66,7 +66,7 @@ def train(session: Session, stop: threading.Event) -> None:
     shown_step, shown_at = state.step, time.monotonic()
     while True:
         # The end of an epoch: evaluate, record, save.
-        if state.step and state.step // plan.steps_per_epoch > len(state.history) and state.step % plan.steps_per_epoch == 0:
+        if session.epoch_is_over:
             try:
                 session.finish_epoch(lambda: not agreement.now(stop=stop.is_set()))
             except Stopped:
@@ -135,7 +135,7 @@ def train(session: Session, stop: threading.Event) -> None:
             session.check_finite(torch.tensor(float("nan")), state.step - 1)
         at_interval = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
         epoch_ends = state.step % plan.steps_per_epoch == 0
-        if "stop" in agreed or ("save" in agreed or at_interval) and not epoch_ends:
+        if "stop" in agreed or (("save" in agreed or at_interval) and not epoch_ends):
             session.save()
         if "stop" in agreed:
             raise Preempted

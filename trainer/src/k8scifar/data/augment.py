@@ -29,8 +29,10 @@ def scalar_hash(seed: int, epoch: int, stream: int) -> int:
 
 def draw(samples: torch.Tensor, below: int, seed: int, epoch: int, stream: int) -> torch.Tensor:
     """Integers in [0, below), one for each of `samples` (int64 [n]); int64 [n]."""
+    if below <= 1:
+        return torch.zeros_like(samples)
     key = scalar_hash(seed, epoch, stream)
-    return (_mix((_mix((samples + key) & _MASK) ^ (key >> 7)) * below) >> 32) if below > 1 else torch.zeros_like(samples)
+    return (_mix(_mix((samples + key) & _MASK) ^ (key >> 7)) * below) >> 32
 
 
 class Pictures:
@@ -110,7 +112,9 @@ class Pictures:
         if pixels not in self._resize:
             device = self._mean.device
             eye = torch.eye(self.size, device=device)[None, None]
-            one = F.interpolate(eye, size=(pixels, self.size), mode="bilinear", antialias=True, align_corners=False)[0, 0]
+            one = F.interpolate(eye, size=(pixels, self.size), mode="bilinear", antialias=True, align_corners=False)[
+                0, 0
+            ]
             self._resize[pixels] = one, torch.kron(one.T.contiguous(), torch.diag(1 / self._std))
         return self._resize[pixels]
 

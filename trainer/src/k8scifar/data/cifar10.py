@@ -74,4 +74,6 @@ def _probe(url: str) -> None:
     error = outcome[0] if outcome else TimeoutError(f"no answer within {PROBE_SECONDS:.0f} s")
     if error is not None:
         host = urlsplit(url).hostname
-        raise DownloadError(f"CIFAR-10 can't be downloaded: {host} is out of reach ({error}); check the network") from None
+        raise DownloadError(
+            f"CIFAR-10 can't be downloaded: {host} is out of reach ({error}); check the network"
+        ) from None

@@ -22,7 +22,9 @@ SYNTHETIC_COUNTS = (50_000, 10_000)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of `k8scifar prepare`."""
     parser.add_argument("--source", default="auto", help="auto, cifar10, synthetic or imagefolder:PATH (default: auto)")
-    parser.add_argument("--data-dir", default="data", metavar="DIR", help="folder of the packed data set (default: data)")
+    parser.add_argument(
+        "--data-dir", default="data", metavar="DIR", help="folder of the packed data set (default: data)"
+    )
     parser.add_argument(
         "--wait", type=float, metavar="SECONDS", help="do not prepare: wait so long for another process's copy"
     )

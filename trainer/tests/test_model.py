@@ -1,0 +1,65 @@
+"""The network, its statistics over micro-batches, and the weight average."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from k8scifar import model, optim
+from k8scifar.config import Config, Model
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return model.build(Model(), 10)
+
+
+def test_resnet18_has_the_published_size_and_cost(resnet18):
+    assert model.parameters(resnet18) == 11_173_962
+    forward_and_backward = model.training_flops(resnet18, 32)
+    # 0.555 GMAC forward; backward is twice that, less the gradient of the input pictures.
+    assert forward_and_backward == pytest.approx(3 * 2 * 0.555e9, rel=0.01)
+
+
+def test_other_resnets_by_name():
+    assert model.build(Model(name="resnet34"), 7).fc.out_features == 7
+    assert model.build(Model(stem="imagenet"), 10).conv1.kernel_size == (7, 7)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_running_statistics_weigh_micro_batches_equally(count):
+    torch.manual_seed(0)
+    layer = torch.nn.BatchNorm2d(3)
+    layer.running_mean.uniform_()
+    before = layer.running_mean.clone()
+    batches = [torch.randn(8, 3, 4, 4) + index for index in range(count)]
+    for index, batch in enumerate(batches):
+        model.set_norm_momentum([layer], index, count)
+        layer(batch)
+    means = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
+    variances = torch.stack([batch.var((0, 2, 3)) for batch in batches]).mean(0)
+    torch.testing.assert_close(layer.running_mean, 0.9 * before + 0.1 * means)
+    torch.testing.assert_close(layer.running_var, 0.9 * torch.ones(3) + 0.1 * variances)
+
+
+@pytest.mark.parametrize(("decay", "vectors"), [("all", 5e-4), ("matrices", 0.0)])
+def test_weight_decay_groups(resnet18, decay, vectors):
+    config = Config.model_validate({"optimizer": {"decay": decay}})
+    groups = optim.build(resnet18, config).param_groups
+    assert [group["weight_decay"] for group in groups] == [5e-4, vectors]
+    assert all(parameter.ndim > 1 for parameter in groups[0]["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(resnet18.parameters()))
+
+
+def test_weight_average_follows_and_swaps():
+    net = torch.nn.Linear(2, 1)
+    average = optim.WeightAverage(net, 0.75)
+    start = net.weight.detach().clone()
+    with torch.no_grad():
+        net.weight.add_(4.0)
+    average.update()
+    average.swap()
+    torch.testing.assert_close(net.weight.detach(), start + 1.0)
+    average.swap()
+    torch.testing.assert_close(net.weight.detach(), start + 4.0)

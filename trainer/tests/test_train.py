@@ -1,0 +1,229 @@
+"""Training by real ranks under torchrun on gloo: the same mathematics for every world size, resume bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import TINY, cli, history, run, train_command, weights_hash
+
+from k8scifar import checkpoint
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_data):
+    """The run folder of an undisturbed two-rank training."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    done = run(train_command(2, config, tiny_data, folder / "runs", "run"))
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "run"
+
+
+def test_run_folder_holds_what_is_promised(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["epochs"] == 2
+    assert summary["steps"] == 20
+    assert summary["test_pictures"] == 303
+    assert 0 <= summary["accuracy"] <= 1
+    assert 0 <= summary["accuracy_tta"] <= 1
+    assert summary["training_flops"] > 0
+    assert summary["images_per_second"] > 0
+    assert sum(map(sum, summary["confusion"])) == 303
+    assert sum(summary["confusion"][i][i] for i in range(10)) == round(summary["accuracy"] * 303)
+    assert summary["versions"]["torch"] == torch.__version__
+    assert yaml.safe_load((finished / "config.yaml").read_text())["global_batch"] == 100
+    assert [record["epoch"] for record in history(finished)] == [1, 2]
+    assert [checkpoint.step_of(path) for path in checkpoint.listed(finished / "checkpoints")] == [20, 10]
+
+
+def test_tensorboard_holds_every_curve_and_picture(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    for name in ("step/loss", "step/lr", "step/images_per_second", "train/loss", "test/accuracy", "test/loss"):
+        assert name in tags["scalars"]
+    shares = [events.Scalars(f"time/{part}")[-1].value for part in ("data", "compute", "communication")]
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert min(shares) > 0
+    assert {"inputs", "test/confusion", "test/worst_mistakes"} <= set(tags["images"])
+    assert any(name.startswith("configuration") for name in tags["tensors"])
+
+
+def test_log_is_lines_for_people_where_there_is_no_terminal(train):
+    done = train(2, "--set", "epochs=1")
+    assert done.returncode == 0, done.stderr
+    (headline,) = [line for line in done.stderr.splitlines() if "world size 2" in line]
+    for word in ("resnet18", "11,173,962 parameters", "cpu fp32", "gloo", "global batch 100", "1,000 + 303 pictures"):
+        assert word in headline
+    assert "step " in done.stderr
+    assert "test accuracy" in done.stderr
+    assert "\r" not in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_world_size_does_not_change_the_mathematics(train, tmp_path, ranks):
+    """The same micro-batches on 1 and on W ranks: losses agree to 2e-4 over an epoch.
+
+    What makes it inexact: the gradients of the micro-batches are summed in another order (on one rank before, on
+    several after the division), which rounds differently in float32; ten steps of training amplify that.
+    """
+    options = ("--set", "epochs=1", "--set", "micro_batch=25", "--set", "optimizer.lr=0.001")
+    for count in (1, ranks):
+        done = train(count, *options, name=f"ranks{count}")
+        assert done.returncode == 0, done.stderr
+    one, several = (history(tmp_path / "runs" / f"ranks{count}")[0] for count in (1, ranks))
+    assert several["train_loss"] == pytest.approx(one["train_loss"], rel=2e-4)
+    assert several["test_loss"] == pytest.approx(one["test_loss"], rel=2e-3)
+    weights = [
+        checkpoint.load(checkpoint.listed(tmp_path / "runs" / f"ranks{count}" / "checkpoints")[0])["model"]
+        for count in (1, ranks)
+    ]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(
+            weights[1][name], tensor, atol=2e-3, rtol=2e-2, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_resume_after_an_epoch_equals_the_uninterrupted_run(finished, train, tmp_path):
+    done = train(2, "--set", "epochs=1", "--set", "schedule.warmup=0.1")  # any first run; only its folder is used
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "run"
+    for path in [folder / "summary.json", *checkpoint.listed(folder / "checkpoints")]:
+        path.unlink()
+    (first,) = [path for path in checkpoint.listed(finished / "checkpoints") if checkpoint.step_of(path) == 10]
+    (folder / "checkpoints" / first.name).write_bytes(first.read_bytes())
+    done = train(2)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 10" in done.stderr
+    assert weights_hash(folder) == weights_hash(finished)
+    assert history(folder) == history(finished)
+
+
+def test_sigterm_saves_within_an_epoch_and_resume_equals_the_uninterrupted_run(
+    finished, tiny_config, tiny_data, tmp_path
+):
+    command = train_command(2, tiny_config, tiny_data, tmp_path / "runs", "run", "--set", "log.every_seconds=0.01")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for line in process.stderr:
+        if " step 3/20 " in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert "stopped by SIGTERM at step" in said
+    (saved,) = checkpoint.listed(tmp_path / "runs" / "run" / "checkpoints")
+    assert 3 <= checkpoint.step_of(saved) < 10
+    done = run(train_command(2, tiny_config, tiny_data, tmp_path / "runs", "run"))
+    assert done.returncode == 0, done.stderr
+    assert weights_hash(tmp_path / "runs" / "run") == weights_hash(finished)
+    assert history(tmp_path / "runs" / "run") == history(finished)
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, train, tmp_path):
+    done = train(2)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "run"
+    newest = checkpoint.listed(folder / "checkpoints")[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (folder / "summary.json").unlink()
+    done = train(2)
+    assert done.returncode == 0, done.stderr
+    assert f"{newest.name} is damaged" in done.stderr
+    assert "resuming at step 10" in done.stderr
+    assert weights_hash(folder) == weights_hash(finished)
+
+
+def test_finished_run_says_so_and_more_epochs_go_on(train, tmp_path):
+    assert train(2, "--set", "epochs=1").returncode == 0
+    before = weights_hash(tmp_path / "runs" / "run")
+    started = time.monotonic()
+    done = train(2, "--set", "epochs=1")
+    assert done.returncode == 0
+    assert "already finished" in done.stderr
+    assert "step " not in done.stderr
+    assert weights_hash(tmp_path / "runs" / "run") == before
+    assert time.monotonic() - started < 200
+    done = train(2, "--set", "epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 10" in done.stderr
+    assert [record["epoch"] for record in history(tmp_path / "runs" / "run")] == [1, 2]
+    assert weights_hash(tmp_path / "runs" / "run") != before
+
+
+def test_killed_between_the_last_checkpoint_and_the_summary(finished, train, tmp_path):
+    done = train(2)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "run"
+    (folder / "summary.json").unlink()
+    (folder / "model.safetensors").unlink()
+    assert train(2).returncode == 0
+    assert weights_hash(folder) == weights_hash(finished)
+    a, b = (json.loads((path / "summary.json").read_text()) for path in (folder, finished))
+    assert (a["accuracy"], a["loss"], a["accuracy_tta"]) == (b["accuracy"], b["loss"], b["accuracy_tta"])
+
+
+def test_weight_average_is_evaluated_and_survives_resume(train, tmp_path):
+    options = ("--set", "ema.decay=0.8")
+    assert train(2, *options, name="whole").returncode == 0
+    assert train(2, *options, name="cut").returncode == 0
+    folder = tmp_path / "runs" / "cut"
+    (folder / "summary.json").unlink()
+    checkpoint.listed(folder / "checkpoints")[0].unlink()
+    assert train(2, *options, name="cut").returncode == 0
+    assert weights_hash(folder) == weights_hash(tmp_path / "runs" / "whole")
+
+
+def test_evaluation_is_the_same_number_however_it_is_divided(finished, tiny_data):
+    """303 pictures in batches of 64 on 1, 2 and 3 ranks: accuracy, confusion and loss are equal to the last bit."""
+    results = []
+    for ranks in (1, 2, 3):
+        done = cli_under_torchrun(
+            ranks, "evaluate", str(finished), "--data-dir", str(tiny_data), "--json",
+            "--set", "evaluation.batch=64", "--set", "hardware.threads=1", "--set", "hardware.precision=fp32",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    assert results[0] == results[1] == results[2]
+    assert results[0]["pictures"] == 303
+    summary = json.loads((finished / "summary.json").read_text())
+    assert results[0]["accuracy"] == summary["accuracy"]
+    assert results[0]["loss"] == summary["loss"]
+
+
+def cli_under_torchrun(ranks, *arguments):
+    import sys
+
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    return run([*torchrun, "-m", "k8scifar", *arguments])
+
+
+def test_evaluate_and_predict_for_people_and_programs(finished, tiny_data, tmp_path):
+    from PIL import Image
+
+    from k8scifar.data.synthetic import split
+
+    done = cli("evaluate", str(finished), "--data-dir", str(tiny_data))
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    assert "rings-1.5" in done.stdout
+    Image.fromarray(split(10, seed=5).images[0]).resize((77, 51)).save(tmp_path / "any.png")
+    done = cli("predict", str(finished), str(tmp_path / "any.png"), "--json")
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)
+    assert len(result["top"]) == 3
+    probabilities = [top["probability"] for top in result["top"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 0 < sum(probabilities) <= 1.00001
+    newest = checkpoint.listed(finished / "checkpoints")[0]
+    from_checkpoint = cli("predict", str(newest), str(tmp_path / "any.png"), "--json")
+    assert json.loads(from_checkpoint.stdout) == [result], "weights and checkpoint are the same model"
