@@ -28,9 +28,9 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed synthetic set of 1,000 + 303 pictures: 10 steps an epoch, and a test split that divides by no rank."""
+    """A packed synthetic set of 600 + 303 pictures: 6 steps an epoch, and a test split that divides by no rank."""
     folder = tmp_path_factory.mktemp("data")
-    prepare(folder, "synthetic:1000:303")
+    prepare(folder, "synthetic:600:303")
     return folder
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-import time
+import sys
 
 import pytest
 import torch
@@ -17,21 +18,44 @@ from k8scifar import checkpoint
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_data):
-    """The run folder of an undisturbed two-rank training."""
+def undisturbed(tmp_path_factory, tiny_data):
+    """An undisturbed two-rank training: (run folder, what it said)."""
     folder = tmp_path_factory.mktemp("finished")
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY))
     done = run(train_command(2, config, tiny_data, folder / "runs", "run"))
     assert done.returncode == 0, done.stderr
-    return folder / "runs" / "run"
+    return folder / "runs" / "run", done.stderr
+
+
+@pytest.fixture
+def finished(undisturbed):
+    """The run folder of an undisturbed two-rank training."""
+    return undisturbed[0]
+
+
+@pytest.fixture
+def interrupted(finished, tmp_path):
+    """``interrupted(step)``: a copy of the finished run's folder as a crash would leave it after that checkpoint."""
+
+    def copy(step: int):
+        folder = tmp_path / "runs" / "run"
+        shutil.copytree(finished, folder)
+        (folder / "summary.json").unlink()
+        (folder / "model.safetensors").unlink()
+        for path in checkpoint.listed(folder / "checkpoints"):
+            if checkpoint.step_of(path) > step:
+                path.unlink()
+        return folder
+
+    return copy
 
 
 def test_run_folder_holds_what_is_promised(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["world_size"] == 2
     assert summary["epochs"] == 2
-    assert summary["steps"] == 20
+    assert summary["steps"] == 12
     assert summary["test_pictures"] == 303
     assert 0 <= summary["accuracy"] <= 1
     assert 0 <= summary["accuracy_tta"] <= 1
@@ -42,7 +66,7 @@ def test_run_folder_holds_what_is_promised(finished):
     assert summary["versions"]["torch"] == torch.__version__
     assert yaml.safe_load((finished / "config.yaml").read_text())["global_batch"] == 100
     assert [record["epoch"] for record in history(finished)] == [1, 2]
-    assert [checkpoint.step_of(path) for path in checkpoint.listed(finished / "checkpoints")] == [20, 10]
+    assert [checkpoint.step_of(path) for path in checkpoint.listed(finished / "checkpoints")] == [12, 6]
 
 
 def test_tensorboard_holds_every_curve_and_picture(finished):
@@ -60,15 +84,14 @@ def test_tensorboard_holds_every_curve_and_picture(finished):
     assert any(name.startswith("configuration") for name in tags["tensors"])
 
 
-def test_log_is_lines_for_people_where_there_is_no_terminal(train):
-    done = train(2, "--set", "epochs=1")
-    assert done.returncode == 0, done.stderr
-    (headline,) = [line for line in done.stderr.splitlines() if "world size 2" in line]
-    for word in ("resnet18", "11,173,962 parameters", "cpu fp32", "gloo", "global batch 100", "1,000 + 303 pictures"):
+def test_log_is_lines_for_people_where_there_is_no_terminal(undisturbed):
+    said = undisturbed[1]
+    (headline,) = [line for line in said.splitlines() if "world size 2" in line]
+    for word in ("resnet18", "11,173,962 parameters", "cpu fp32", "gloo", "global batch 100", "600 + 303 pictures"):
         assert word in headline
-    assert "step " in done.stderr
-    assert "test accuracy" in done.stderr
-    assert "\r" not in done.stderr
+    assert "step " in said
+    assert "test accuracy" in said
+    assert "\r" not in said
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -76,7 +99,7 @@ def test_world_size_does_not_change_the_mathematics(train, tmp_path, ranks):
     """The same micro-batches on 1 and on W ranks: losses agree to 2e-4 over an epoch.
 
     What makes it inexact: the gradients of the micro-batches are summed in another order (on one rank before, on
-    several after the division), which rounds differently in float32; ten steps of training amplify that.
+    several after the division), which rounds differently in float32; the steps of training amplify that.
     """
     options = ("--set", "epochs=1", "--set", "micro_batch=25", "--set", "optimizer.lr=0.001")
     for count in (1, ranks):
@@ -90,22 +113,18 @@ def test_world_size_does_not_change_the_mathematics(train, tmp_path, ranks):
         for count in (1, ranks)
     ]
     for name, tensor in weights[0].items():
+        if name.endswith("num_batches_tracked"):  # counts forward passes of a rank; nothing uses it
+            continue
         torch.testing.assert_close(
             weights[1][name], tensor, atol=2e-3, rtol=2e-2, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
-def test_resume_after_an_epoch_equals_the_uninterrupted_run(finished, train, tmp_path):
-    done = train(2, "--set", "epochs=1", "--set", "schedule.warmup=0.1")  # any first run; only its folder is used
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs" / "run"
-    for path in [folder / "summary.json", *checkpoint.listed(folder / "checkpoints")]:
-        path.unlink()
-    (first,) = [path for path in checkpoint.listed(finished / "checkpoints") if checkpoint.step_of(path) == 10]
-    (folder / "checkpoints" / first.name).write_bytes(first.read_bytes())
+def test_resume_after_an_epoch_equals_the_uninterrupted_run(finished, interrupted, train):
+    folder = interrupted(6)
     done = train(2)
     assert done.returncode == 0, done.stderr
-    assert "resuming at step 10" in done.stderr
+    assert "resuming at step 6" in done.stderr
     assert weights_hash(folder) == weights_hash(finished)
     assert history(folder) == history(finished)
 
@@ -116,60 +135,52 @@ def test_sigterm_saves_within_an_epoch_and_resume_equals_the_uninterrupted_run(
     command = train_command(2, tiny_config, tiny_data, tmp_path / "runs", "run", "--set", "log.every_seconds=0.01")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for line in process.stderr:
-        if " step 3/20 " in line:
+        if " step 2/12 " in line:
             break
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     assert "stopped by SIGTERM at step" in said
     (saved,) = checkpoint.listed(tmp_path / "runs" / "run" / "checkpoints")
-    assert 3 <= checkpoint.step_of(saved) < 10
+    assert 2 <= checkpoint.step_of(saved) < 6
     done = run(train_command(2, tiny_config, tiny_data, tmp_path / "runs", "run"))
     assert done.returncode == 0, done.stderr
     assert weights_hash(tmp_path / "runs" / "run") == weights_hash(finished)
     assert history(tmp_path / "runs" / "run") == history(finished)
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, train, tmp_path):
-    done = train(2)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs" / "run"
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, interrupted, train):
+    folder = interrupted(12)
     newest = checkpoint.listed(folder / "checkpoints")[0]
     newest.write_bytes(newest.read_bytes()[:1000])
-    (folder / "summary.json").unlink()
     done = train(2)
     assert done.returncode == 0, done.stderr
     assert f"{newest.name} is damaged" in done.stderr
-    assert "resuming at step 10" in done.stderr
+    assert "resuming at step 6" in done.stderr
     assert weights_hash(folder) == weights_hash(finished)
 
 
-def test_finished_run_says_so_and_more_epochs_go_on(train, tmp_path):
-    assert train(2, "--set", "epochs=1").returncode == 0
-    before = weights_hash(tmp_path / "runs" / "run")
-    started = time.monotonic()
-    done = train(2, "--set", "epochs=1")
-    assert done.returncode == 0
-    assert "already finished" in done.stderr
-    assert "step " not in done.stderr
-    assert weights_hash(tmp_path / "runs" / "run") == before
-    assert time.monotonic() - started < 200
-    done = train(2, "--set", "epochs=2")
-    assert done.returncode == 0, done.stderr
-    assert "resuming at step 10" in done.stderr
-    assert [record["epoch"] for record in history(tmp_path / "runs" / "run")] == [1, 2]
-    assert weights_hash(tmp_path / "runs" / "run") != before
-
-
-def test_killed_between_the_last_checkpoint_and_the_summary(finished, train, tmp_path):
+def test_killed_between_the_last_checkpoint_and_the_summary(finished, interrupted, train):
+    folder = interrupted(12)
     done = train(2)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs" / "run"
-    (folder / "summary.json").unlink()
-    (folder / "model.safetensors").unlink()
-    assert train(2).returncode == 0
     assert weights_hash(folder) == weights_hash(finished)
     a, b = (json.loads((path / "summary.json").read_text()) for path in (folder, finished))
     assert (a["accuracy"], a["loss"], a["accuracy_tta"]) == (b["accuracy"], b["loss"], b["accuracy_tta"])
+
+
+def test_finished_run_says_so_and_more_epochs_go_on(finished, train, tmp_path):
+    folder = tmp_path / "runs" / "run"
+    shutil.copytree(finished, folder)
+    done = train(2)
+    assert done.returncode == 0
+    assert "already finished" in done.stderr
+    assert "step " not in done.stderr
+    assert weights_hash(folder) == weights_hash(finished)
+    done = train(2, "--set", "epochs=3")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 12" in done.stderr
+    assert [record["epoch"] for record in history(folder)] == [1, 2, 3]
+    assert weights_hash(folder) != weights_hash(finished)
 
 
 def test_weight_average_is_evaluated_and_survives_resume(train, tmp_path):
@@ -201,8 +212,6 @@ def test_evaluation_is_the_same_number_however_it_is_divided(finished, tiny_data
 
 
 def cli_under_torchrun(ranks, *arguments):
-    import sys
-
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     return run([*torchrun, "-m", "k8scifar", *arguments])
 
