@@ -49,12 +49,7 @@ def test_every_recipe_is_valid_and_suits_two_ranks(name):
         (["epochs=many"], ["epochs", "'many'", "integer"]),
         (["global_batch=100", "micro_batch=33"], ["global_batch 100", "micro_batch to 25"]),
         (["distributed.world_size=3"], ["3 ranks", "global_batch"]),
-        (["stages=[{until: 0.4, pixels: 32}]"], ["stages", "1.0"]),
-        (
-            ["stages=[{until: 0.5, pixels: 16, depth: 1}, {until: 1, pixels: 32}]", "model.zero_init=false"],
-            ["zero_init"],
-        ),
-        (["stages=[{until: 1, pixels: 16, depth: 1}]", "model.zero_init=true"], ["last one", "depth"]),
+        (["resolution=[{until: 0.4, pixels: 32}]"], ["resolution", "1.0"]),
         (["data.source=imagenet"], ["data.source"]),
         (["recipe=quik"], ["'quik'", "'quick'"]),
         (["epochs"], ["key=value"]),
@@ -97,7 +92,7 @@ def test_fingerprint_sees_what_ranks_must_share_and_nothing_else():
     base = Config()
     assert base.fingerprint() == Config(name="other", runs_dir="/elsewhere").fingerprint()
     assert base.fingerprint() != Config(seed=1).fingerprint()
-    assert base.fingerprint() != Config(stages=[Stage(until=1.0, pixels=24)]).fingerprint()
+    assert base.fingerprint() != Config(resolution=[Stage(until=1.0, pixels=24)]).fingerprint()
 
 
 def test_config_command_prints_what_load_resolves():

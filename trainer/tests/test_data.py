@@ -121,7 +121,7 @@ def test_augmentation_switched_off_is_the_picture_itself(pictures):
 def test_learning_rate_and_resolution_follow_the_plan():
     stages = [{"until": 0.5, "pixels": 16}, {"until": 1.0, "pixels": 24}]
     schedule = {"warmup": 0.2, "start": 0.1, "end": 0.0}
-    config = Config.model_validate({"epochs": 10, "stages": stages, "schedule": schedule, "optimizer": {"lr": 2.0}})
+    config = Config.model_validate({"epochs": 10, "resolution": stages, "schedule": schedule, "optimizer": {"lr": 2.0}})
     plan = Plan(config, 5000)
     assert plan.steps == 100
     assert plan.lr(0) == pytest.approx(0.2)
@@ -129,5 +129,5 @@ def test_learning_rate_and_resolution_follow_the_plan():
     assert plan.lr(20) == pytest.approx(2.0)
     assert plan.lr(60) == pytest.approx(1.0)
     assert plan.lr(100) == 0.0
-    assert [plan.stage(step).pixels for step in (0, 49, 50, 99)] == [16, 16, 24, 24]
-    assert plan.pictures_at() == {(16, 0): 25_000, (24, 0): 25_000}
+    assert [plan.pixels(step) for step in (0, 49, 50, 99)] == [16, 16, 24, 24]
+    assert plan.pictures_at() == {16: 25_000, 24: 25_000}

@@ -27,32 +27,6 @@ def test_other_resnets_by_name():
     assert model.build(Model(stem="imagenet"), 10).conv1.kernel_size == (7, 7)
 
 
-def test_a_block_that_starts_at_zero_changes_nothing_when_it_comes_into_use():
-    torch.manual_seed(0)
-    net = model.build(Model(zero_init=True), 10).eval()
-    batch = torch.randn(4, 3, 16, 16)
-    model.set_depth(net, 1)
-    shallow = net(batch)
-    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
-    assert "layer1.0.conv1.weight" in trained
-    assert "layer1.1.conv1.weight" not in trained
-    model.set_depth(net, 0)
-    assert torch.equal(net(batch), shallow)
-    assert all(parameter.requires_grad for parameter in net.parameters())
-    assert model.training_flops(net, 16, 1) < 0.6 * model.training_flops(net, 16, 0)
-
-
-def test_whitening_filters_decorrelate_patches():
-    torch.manual_seed(0)
-    net = model.build(Model(), 10)
-    pictures = torch.nn.functional.interpolate(torch.randn(64, 3, 6, 6), (24, 24), mode="bicubic")
-    model.whiten(net, pictures)
-    out = torch.nn.functional.conv2d(pictures, net.conv1.weight)[:, :27].transpose(0, 1).flatten(1)
-    correlation = torch.corrcoef(out[-10:])  # the strongest directions; the weakest are damped
-    assert (correlation - torch.eye(10)).abs().max() < 0.05
-    assert torch.equal(net.conv1.weight[:27], -net.conv1.weight[27:54])
-
-
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_running_statistics_weigh_micro_batches_equally(count):
     torch.manual_seed(0)

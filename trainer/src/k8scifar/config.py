@@ -19,7 +19,7 @@ DEFAULT_RECIPE = "demo"
 
 # Keys that decide the weights. A checkpoint resumes under other values of these only if the user says so.
 IDENTITY = (
-    "seed", "epochs", "global_batch", "micro_batch", "last_batch", "label_smoothing", "stages",
+    "seed", "epochs", "global_batch", "micro_batch", "last_batch", "label_smoothing", "resolution",
     "model", "optimizer", "schedule", "augment", "ema",
 )  # fmt: skip
 # Of those, the keys without which a checkpoint makes no sense at all.
@@ -33,14 +33,12 @@ class _Section(BaseModel):
 
 
 class Stage(_Section):
-    """Train at `pixels`, with `depth` blocks, until the fraction `until` of all steps is done."""
+    """Train at `pixels` until the fraction `until` of all steps is done."""
 
     until: float = Field(gt=0.0, le=1.0)
     """Fraction of all training steps at which this stage ends."""
     pixels: int = Field(ge=8, le=64)
     """Height and width of the training pictures, pixels."""
-    depth: int = Field(0, ge=0, le=64)
-    """Blocks in use in each of the network's four layers, the later ones left out; 0: all."""
 
 
 class Model(_Section):
@@ -48,10 +46,6 @@ class Model(_Section):
     """torchvision's name of the network."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """`cifar`: 3x3 convolution, stride 1, no max-pool (for 32-pixel pictures); `imagenet`: torchvision's own."""
-    zero_init: bool = False
-    """Start each residual branch at zero, so that a fresh block passes its input on."""
-    whiten: bool = False
-    """Start the first convolution with the whitening filters of the training pictures' 3x3 patches (cifar stem)."""
 
 
 class Optimizer(_Section):
@@ -181,8 +175,8 @@ class Config(_Section):
     """An incomplete last global batch is dropped (other pictures each epoch), or padded with the epoch's first."""
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     """Label smoothing of the cross entropy."""
-    stages: list[Stage] = Field(default_factory=lambda: [Stage(until=1.0, pixels=32)], min_length=1, max_length=64)
-    """Progressive resolution and depth: the stages of training, in order; the last one ends at 1.0."""
+    resolution: list[Stage] = Field(default_factory=lambda: [Stage(until=1.0, pixels=32)], min_length=1, max_length=64)
+    """Progressive resolution: the stages of training, in order; the last one ends at 1.0."""
     model: Model = Field(default_factory=Model)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
@@ -204,15 +198,9 @@ class Config(_Section):
             )
         if self.distributed.world_size:
             check_world_size(self, self.distributed.world_size)
-        ends = [stage.until for stage in self.stages]
+        ends = [stage.until for stage in self.resolution]
         if ends != sorted(set(ends)) or ends[-1] != 1.0:
-            raise ValueError(f"stages: their `until` must rise and end at 1.0, not {ends}")
-        if any(stage.depth for stage in self.stages) and not self.model.zero_init:
-            raise ValueError("stages: a `depth` needs model.zero_init=true, so that a new block starts as no change")
-        if self.stages[-1].depth:
-            raise ValueError("stages: the last one trains all blocks; set its `depth` to 0")
-        if self.model.whiten and self.model.stem != "cifar":
-            raise ValueError("model.whiten needs model.stem=cifar")
+            raise ValueError(f"resolution: the stages' `until` must rise and end at 1.0, not {ends}")
         if self.micro_batch == 1:
             raise ValueError("micro_batch must be at least 2: batch normalisation needs more than one picture")
         if self.optimizer.nesterov and self.optimizer.momentum == 0.0:

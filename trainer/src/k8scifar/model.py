@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from k8scifar.compat import import_torchvision
 from k8scifar.config import Model
 
-LAYERS = ("layer1", "layer2", "layer3", "layer4")
 NORM_MOMENTUM = 0.1  # of BatchNorm's running statistics, a step
 
 
@@ -25,9 +21,7 @@ def build(config: Model, classes: int) -> nn.Module:
     import_torchvision()
     from torchvision import models
 
-    net = models.get_model(config.name, weights=None, num_classes=classes, zero_init_residual=config.zero_init)
-    for name in LAYERS:
-        setattr(net, name, Blocks(*getattr(net, name)))
+    net = models.get_model(config.name, weights=None, num_classes=classes)
     if config.stem == "cifar":
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -35,61 +29,24 @@ def build(config: Model, classes: int) -> nn.Module:
     return net.to(memory_format=torch.channels_last)
 
 
-class Blocks(nn.Sequential):
-    """A layer of the network, of which only the first `depth` blocks may be in use."""
-
-    depth: int | None = None
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        for block in list(self)[: self.depth]:
-            inputs = block(inputs)
-        return inputs
-
-
-def set_depth(net: nn.Module, depth: int) -> None:
-    """Use the first `depth` blocks of each layer, 0: all; the parameters of the others get no gradients.
-
-    Sources: Goyal et al., Accurate, Large Minibatch SGD (2017), section 5.1, for branches that start at zero; Gong et
-    al., Efficient Training of BERT by Progressively Stacking (2019), for training shallow first.
-    """
-    for name in LAYERS:
-        blocks = getattr(net, name)
-        blocks.depth = depth or None
-        for index, block in enumerate(blocks):
-            block.requires_grad_(not depth or index < depth)
-
-
-@torch.no_grad()
-def whiten(net: nn.Module, pictures: torch.Tensor) -> None:
-    """Start the first convolution, 3x3, with the whitening filters of the patches of `pictures` and their negatives.
-
-    Args:
-        pictures: normalised, float32 [n, 3, height, width].
-
-    Source: Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU (2024), section 3.1; here the filters stay
-    trainable and are scaled alike, since batch normalisation follows.
-    """
-    weight = net.conv1.weight
-    patches = F.unfold(pictures, 3).permute(0, 2, 1).reshape(-1, 27).double()
-    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (vectors / (values + 5e-4).sqrt()).T.to(weight.dtype)
-    filters = F.normalize(filters, dim=1).view(27, 3, 3, 3) / 2
-    weight[:27], weight[27:54] = filters, -filters
-    weight[54:] = F.normalize(weight[54:].flatten(1), dim=1).view_as(weight[54:]) / 2
-
-
 def parameters(net: nn.Module) -> int:
     """Number of trainable parameters."""
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def training_flops(net: nn.Module, pixels: int, depth: int = 0) -> int:
+def training_flops(net: nn.Module, pixels: int) -> int:
     """Floating point operations of one picture, forward and backward, counted by torch (2 a multiply-add)."""
-    twin = copy.deepcopy(net).to("meta")
-    set_depth(twin, depth)
+    twin = build_on_meta(net)
     with FlopCounterMode(display=False) as counter:
         twin(torch.empty(2, 3, pixels, pixels, device="meta")).sum().backward()
     return counter.get_total_flops() // 2
+
+
+def build_on_meta(net: nn.Module) -> nn.Module:
+    """A copy of `net` without storage."""
+    import copy
+
+    return copy.deepcopy(net).to("meta")
 
 
 def norms(net: nn.Module) -> list[nn.BatchNorm2d]:

@@ -17,11 +17,7 @@ def build(net: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": settings.weight_decay if settings.decay == "all" else 0.0},
     ]
-    sgd = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov, fused=True)
-    for parameter in [*matrices, *vectors] if settings.momentum else []:
-        # Zero is what a first step starts from; parameters whose blocks come into use later start like the others.
-        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return sgd
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
-from k8scifar.config import Config, Stage
+from k8scifar.config import Config
 from k8scifar.data.order import Order
 from k8scifar.errors import UserError
 
@@ -49,18 +48,19 @@ class Plan:
             factor = schedule.end + (1.0 - schedule.end) * (self.steps - step) / (self.steps - peak_at)
         return self.config.optimizer.lr * factor
 
-    def stage(self, step: int) -> Stage:
-        """Resolution and depth of `step` (0-based)."""
-        stages, done = self.config.stages, step / self.steps
-        return next((stage for stage in stages if done < stage.until), stages[-1])
+    def pixels(self, step: int) -> int:
+        """Height and width of the pictures of `step` (0-based)."""
+        done = step / self.steps
+        return next((stage.pixels for stage in self.config.resolution if done < stage.until), self.last_pixels)
 
     @property
     def last_pixels(self) -> int:
         """Height and width of the pictures at the end of training."""
-        return self.config.stages[-1].pixels
+        return self.config.resolution[-1].pixels
 
-    def pictures_at(self) -> dict[tuple[int, int], int]:
-        """How many pictures the run trains on at each (pixels, depth)."""
-        stages = (self.stage(step) for step in range(self.steps))
-        counts = Counter((stage.pixels, stage.depth) for stage in stages)
-        return {key: steps * self.config.global_batch for key, steps in counts.items()}
+    def pictures_at(self) -> dict[int, int]:
+        """How many pictures the run trains on at each resolution."""
+        found: dict[int, int] = {}
+        for step in range(self.steps):
+            found[self.pixels(step)] = found.get(self.pixels(step), 0) + self.config.global_batch
+        return found

@@ -157,7 +157,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
         weights: sha256 of the exported weights.
     """
     figures, last = outcome.figures, state.history[-1]
-    flops = sum(count * model.training_flops(state.net, *stage) for stage, count in plan.pictures_at().items())
+    flops = sum(count * model.training_flops(state.net, pixels) for pixels, count in plan.pictures_at().items())
     return {
         "accuracy": figures["accuracy"],
         "accuracy_tta": figures.get("accuracy_tta"),

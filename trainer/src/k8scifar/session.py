@@ -38,7 +38,7 @@ class Session:
         self.splits = {name: packed.read(Path(config.data.dir), manifest, name) for name in packed.SPLITS}
         self.train_pictures = self._on_device("train", border=config.augment.translate)
         self.test_pictures = self._on_device("test")
-        self.state = State.fresh(config, manifest, world, self.train_pictures)
+        self.state = State.fresh(config, manifest, world)
         if found is not None:
             self.state.restore(checkpoint.decode(found, "the checkpoint"))
         self.first_step = self.state.step
@@ -76,7 +76,7 @@ class Session:
 
     def save(self) -> None:
         """Hand a checkpoint of the present state to the writer; collective. Raises UserError if the loss went bad."""
-        payload = self.state.snapshot(self.plan.stage(max(0, self.state.step - 1)).pixels)
+        payload = self.state.snapshot(self.plan.pixels(max(0, self.state.step - 1)))
         self.check_finite(parallel.gather(self.state.sums, self.world), self.state.step)
         if self._writer:
             self._writer.save(payload, self.state.step, best_step(self.state.history))
@@ -110,7 +110,7 @@ class Session:
         dist.all_reduce(sums)
         self.check_finite(sums, step)
         parallel.average(model.running_statistics(state.norms), self.world)
-        pixels = self.plan.stage(step - 1).pixels
+        pixels = self.plan.pixels(step - 1)
         record: dict[str, Any] = {
             "epoch": epoch,
             "step": step,

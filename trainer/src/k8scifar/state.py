@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,12 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar import model, optim, parallel
 from k8scifar.config import FIXED, Config, flatten
-from k8scifar.data.augment import Pictures
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import UserError
 from k8scifar.parallel import World
-
-WHITEN_FROM = 2000  # training pictures whose patches give the whitening filters
 
 
 @dataclass
@@ -29,57 +25,31 @@ class State:
     manifest: Manifest
     world: World
     net: nn.Module
+    ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
     average: optim.WeightAverage | None
     norms: list[nn.BatchNorm2d]
     sums: torch.Tensor  # float64 [3]: loss, correct, pictures, of this rank in this epoch
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
-    ddp: DistributedDataParallel | None = None
-    depth: int | None = None  # blocks of each layer that `ddp` trains, 0: all
 
     @classmethod
-    def fresh(cls, config: Config, manifest: Manifest, world: World, pictures: Pictures) -> State:
-        """Step 0, the weights drawn from the seed; `pictures` are the training split's."""
+    def fresh(cls, config: Config, manifest: Manifest, world: World) -> State:
+        """Step 0, the weights drawn from the seed."""
         torch.manual_seed(config.seed)
-        net = model.build(config.model, len(manifest.classes))
-        if config.model.whiten:
-            sample = torch.arange(min(WHITEN_FROM, len(pictures)), device=world.device)
-            model.whiten(net, pictures.plain(sample, config.stages[0].pixels).cpu())
-        net = net.to(world.device)
-        average = optim.WeightAverage(net, config.ema.decay) if config.ema.decay else None
-        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        return cls(config, manifest, world, net, optim.build(net, config), average, model.norms(net), sums)
-
-    def set_depth(self, depth: int) -> None:
-        """Train the first `depth` blocks of each layer, 0: all; collective.
-
-        DDP knows the parameters that it was made with, so another depth is another DDP. A throwaway backward pass that
-        changes nothing follows: DDP lays out its buckets anew after its first one, and with that behind it a resumed
-        run sums the gradients of its first step in the order in which the uninterrupted run does.
-        """
-        if depth == self.depth:
-            return
-        self.depth, self.ddp = depth, None
-        gc.collect()  # the former DDP's hooks go with it
-        self.optimizer.zero_grad(set_to_none=True)
-        model.set_depth(self.net, depth)
-        device, settings = self.world.device, self.config.hardware
+        net = model.build(config.model, len(manifest.classes)).to(world.device)
+        compiled = torch.compile(net) if config.hardware.compile else net
+        ids = [world.device.index] if world.device.type == "cuda" else None
         with warnings.catch_warnings():  # newer torch wants a name that older ones lack
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.ddp = DistributedDataParallel(
-                torch.compile(self.net) if settings.compile else self.net,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                static_graph=True,
+            ddp = DistributedDataParallel(
+                compiled, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
             )
-        if not settings.compile:
-            for layer in self.norms:
-                layer.momentum = 0.0
-            blank = torch.zeros(2, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-            self.ddp(blank).sum().backward()
-            self.optimizer.zero_grad(set_to_none=False)
+        if not config.hardware.compile:
+            _settle_buckets(ddp, model.norms(net), world.device)
+        average = optim.WeightAverage(net, config.ema.decay) if config.ema.decay else None
+        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        return cls(config, manifest, world, net, ddp, optim.build(net, config), average, model.norms(net), sums)
 
     def local(self) -> torch.Tensor:
         """What differs between the ranks within an epoch, float64 [n]: running statistics and sums."""
@@ -147,6 +117,18 @@ class State:
                     found[f"{name}.{kind}"] = mean[at : at + count].float()
                     at += count
         return found
+
+
+def _settle_buckets(ddp: DistributedDataParallel, norms: list[nn.BatchNorm2d], device: torch.device) -> None:
+    """A throwaway backward pass that leaves the weights and statistics as they are.
+
+    DDP lays out its buckets anew after its first backward pass; with this one behind it, a resumed run sums the
+    gradients of its first step in the order in which the uninterrupted run does.
+    """
+    for layer in norms:
+        layer.momentum = 0.0
+    ddp(torch.zeros(2, 3, 32, 32, device=device).to(memory_format=torch.channels_last)).sum().backward()
+    ddp.zero_grad(set_to_none=False)
 
 
 def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest) -> None:

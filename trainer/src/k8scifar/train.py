@@ -84,14 +84,13 @@ def train(session: Session, stop: threading.Event) -> None:
         epoch, step_in_epoch = divmod(state.step, plan.steps_per_epoch)
         if share_epoch != epoch:
             share, share_epoch = plan.order.share(epoch, world.rank, world.size).to(world.device), epoch
-        stage, lr = plan.stage(state.step), plan.lr(state.step)
-        state.set_depth(stage.depth)
+        pixels, lr = plan.pixels(state.step), plan.lr(state.step)
         micro_batches = share[step_in_epoch]
         optim.set_lr(state.optimizer, lr)
         step_loss = torch.zeros((), dtype=torch.float64, device=world.device)
         for index, samples in enumerate(micro_batches):
             clock.mark("data")
-            inputs = pictures.augmented(samples, stage.pixels, seed=config.seed, epoch=epoch, **dict(config.augment))
+            inputs = pictures.augmented(samples, pixels, seed=config.seed, epoch=epoch, **dict(config.augment))
             labels = pictures.labels[samples]
             clock.mark("compute")
             model.set_norm_momentum(state.norms, index, len(micro_batches))
