@@ -18,6 +18,7 @@ TINY = {
     "epochs": 2,
     "global_batch": 100,
     "micro_batch": 50,
+    "model": {"zero_init": True, "whiten": True},
     "resolution": [{"until": 0.5, "pixels": 8}, {"until": 1.0, "pixels": 12}],
     "optimizer": {"lr": 0.02},
     "evaluation": {"batch": 64, "interim_images": 0},

@@ -27,6 +27,23 @@ def test_other_resnets_by_name():
     assert model.build(Model(stem="imagenet"), 10).conv1.kernel_size == (7, 7)
 
 
+def test_blocks_that_start_at_zero_pass_their_input_on():
+    net = model.build(Model(zero_init=True), 10).eval()
+    inputs = torch.rand(2, 64, 8, 8)
+    assert torch.equal(net.layer1(inputs), inputs)
+
+
+def test_whitening_filters_decorrelate_patches():
+    torch.manual_seed(0)
+    net = model.build(Model(), 10)
+    pictures = torch.nn.functional.interpolate(torch.randn(64, 3, 6, 6), (24, 24), mode="bicubic")
+    model.whiten(net, pictures)
+    out = torch.nn.functional.conv2d(pictures, net.conv1.weight)[:, :27].transpose(0, 1).flatten(1)
+    correlation = torch.corrcoef(out[-10:])  # the strongest directions; the weakest are damped
+    assert (correlation - torch.eye(10)).abs().max() < 0.05
+    assert torch.equal(net.conv1.weight[:27], -net.conv1.weight[27:54])
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_running_statistics_weigh_micro_batches_equally(count):
     torch.manual_seed(0)

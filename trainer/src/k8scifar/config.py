@@ -46,6 +46,10 @@ class Model(_Section):
     """torchvision's name of the network."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """`cifar`: 3x3 convolution, stride 1, no max-pool (for 32-pixel pictures); `imagenet`: torchvision's own."""
+    zero_init: bool = False
+    """Start each residual branch at zero, so that a fresh block passes its input on."""
+    whiten: bool = False
+    """Start the first convolution with the whitening filters of the training pictures' 3x3 patches (cifar stem)."""
 
 
 class Optimizer(_Section):
@@ -201,6 +205,8 @@ class Config(_Section):
         ends = [stage.until for stage in self.resolution]
         if ends != sorted(set(ends)) or ends[-1] != 1.0:
             raise ValueError(f"resolution: the stages' `until` must rise and end at 1.0, not {ends}")
+        if self.model.whiten and self.model.stem != "cifar":
+            raise ValueError("model.whiten needs model.stem=cifar")
         if self.micro_batch == 1:
             raise ValueError("micro_batch must be at least 2: batch normalisation needs more than one picture")
         if self.optimizer.nesterov and self.optimizer.momentum == 0.0:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,12 +24,31 @@ def build(config: Model, classes: int) -> nn.Module:
     import_torchvision()
     from torchvision import models
 
-    net = models.get_model(config.name, weights=None, num_classes=classes)
+    net = models.get_model(config.name, weights=None, num_classes=classes, zero_init_residual=config.zero_init)
     if config.stem == "cifar":
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
     return net.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def whiten(net: nn.Module, pictures: torch.Tensor) -> None:
+    """Start the first convolution, 3x3, with the whitening filters of the patches of `pictures` and their negatives.
+
+    Args:
+        pictures: normalised, float32 [n, 3, height, width].
+
+    Source: Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU (2024), section 3.1; here the filters stay
+    trainable and are scaled alike, since batch normalisation follows.
+    """
+    weight = net.conv1.weight
+    patches = F.unfold(pictures, 3).permute(0, 2, 1).reshape(-1, 27).double()
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (vectors / (values + 5e-4).sqrt()).T.to(weight.dtype)
+    filters = F.normalize(filters, dim=1).view(27, 3, 3, 3) / 2
+    weight[:27], weight[27:54] = filters, -filters
+    weight[54:] = F.normalize(weight[54:].flatten(1), dim=1).view_as(weight[54:]) / 2
 
 
 def parameters(net: nn.Module) -> int:
@@ -36,17 +58,10 @@ def parameters(net: nn.Module) -> int:
 
 def training_flops(net: nn.Module, pixels: int) -> int:
     """Floating point operations of one picture, forward and backward, counted by torch (2 a multiply-add)."""
-    twin = build_on_meta(net)
+    twin = copy.deepcopy(net).to("meta")
     with FlopCounterMode(display=False) as counter:
         twin(torch.empty(2, 3, pixels, pixels, device="meta")).sum().backward()
     return counter.get_total_flops() // 2
-
-
-def build_on_meta(net: nn.Module) -> nn.Module:
-    """A copy of `net` without storage."""
-    import copy
-
-    return copy.deepcopy(net).to("meta")
 
 
 def norms(net: nn.Module) -> list[nn.BatchNorm2d]:

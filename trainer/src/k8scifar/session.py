@@ -38,7 +38,7 @@ class Session:
         self.splits = {name: packed.read(Path(config.data.dir), manifest, name) for name in packed.SPLITS}
         self.train_pictures = self._on_device("train", border=config.augment.translate)
         self.test_pictures = self._on_device("test")
-        self.state = State.fresh(config, manifest, world)
+        self.state = State.fresh(config, manifest, world, self.train_pictures)
         if found is not None:
             self.state.restore(checkpoint.decode(found, "the checkpoint"))
         self.first_step = self.state.step

@@ -12,9 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar import model, optim, parallel
 from k8scifar.config import FIXED, Config, flatten
+from k8scifar.data.augment import Pictures
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import UserError
 from k8scifar.parallel import World
+
+WHITEN_FROM = 2000  # training pictures, evenly spaced, whose patches give the whitening filters
 
 
 @dataclass
@@ -34,10 +37,15 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
 
     @classmethod
-    def fresh(cls, config: Config, manifest: Manifest, world: World) -> State:
-        """Step 0, the weights drawn from the seed."""
+    def fresh(cls, config: Config, manifest: Manifest, world: World, pictures: Pictures) -> State:
+        """Step 0, the weights drawn from the seed; `pictures` are the training split's."""
         torch.manual_seed(config.seed)
-        net = model.build(config.model, len(manifest.classes)).to(world.device)
+        net = model.build(config.model, len(manifest.classes))
+        if config.model.whiten:
+            count = min(WHITEN_FROM, len(pictures))
+            sample = torch.arange(count, device=world.device) * len(pictures) // count
+            model.whiten(net, pictures.plain(sample, config.resolution[0].pixels).cpu())
+        net = net.to(world.device)
         compiled = torch.compile(net) if config.hardware.compile else net
         ids = [world.device.index] if world.device.type == "cuda" else None
         with warnings.catch_warnings():  # newer torch wants a name that older ones lack
