@@ -23,7 +23,7 @@ IDENTITY = (
     "model", "optimizer", "schedule", "augment", "ema",
 )  # fmt: skip
 # Of those, the keys without which a checkpoint makes no sense at all.
-FIXED = ("seed", "global_batch", "micro_batch", "last_batch", "model", "optimizer.name")
+FIXED = ("seed", "global_batch", "micro_batch", "last_batch", "model")
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -53,22 +53,18 @@ class Model(_Section):
 
 
 class Optimizer(_Section):
-    name: Literal["sgd", "muon"] = "sgd"
-    """`sgd`, or `muon` (orthogonalised momentum on the convolutions, SGD on the rest)."""
+    """SGD."""
+
     lr: float = Field(0.2, gt=0.0, le=100.0)
-    """Peak learning rate of SGD."""
+    """Peak learning rate."""
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
-    """Momentum of SGD."""
+    """Momentum."""
     nesterov: bool = True
     """Nesterov's form of the momentum."""
     weight_decay: float = Field(5e-4, ge=0.0, le=1.0)
-    """L2 weight decay of SGD, added to the gradient."""
+    """L2 weight decay, added to the gradient."""
     decay: Literal["all", "matrices"] = "all"
     """What decays: `all` parameters, or only `matrices` (convolutions and the classifier; no norms, no biases)."""
-    muon_lr: float = Field(0.02, gt=0.0, le=10.0)
-    """Peak learning rate of Muon; unused with `sgd`."""
-    muon_momentum: float = Field(0.6, ge=0.0, lt=1.0)
-    """Momentum of Muon; unused with `sgd`."""
 
 
 class Schedule(_Section):

@@ -147,7 +147,7 @@ def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest)
             f"{manifest.fingerprint}; give the run another --name, or bring back the data"
         )
     changed = changes(config, payload["config"])
-    fixed = [key for key in changed if key in FIXED or key.split(".")[0] in FIXED]
+    fixed = [key for key in changed if key.split(".")[0] in FIXED]
     extended = set(changed) <= {"epochs"} and config.epochs > payload["config"]["epochs"]
     if changed and not extended and (fixed or not config.checkpoint.accept_changes):
         told = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
