@@ -117,12 +117,15 @@ def test_checkpoint_of_another_architecture_configuration_or_data(alone, tmp_pat
     code, said = alone(*more, "--set", "model.name=resnet34")
     assert code == 2
     assert "model.name resnet18 -> resnet34" in told(said)
+    prepare(tmp_path / "other", "synthetic:500:50")
+    code, said = alone("--set", "epochs=1", data=tmp_path / "other")
+    assert code == 2
+    assert "is finished on other data (synthetic:600:303)" in told(said)
     (runs / "run" / "summary.json").rename(runs / "summary.json")
     code, said = alone(*more, "--set", "optimizer.lr=0.5")
     assert code == 2
     assert "optimizer.lr 0.02 -> 0.5" in told(said)
     assert "accept_changes" in told(said)
-    prepare(tmp_path / "other", "synthetic:500:50")
     code, said = alone(*more, data=tmp_path / "other")
     assert code == 2
     assert "was trained on data" in told(said)

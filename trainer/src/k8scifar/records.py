@@ -65,11 +65,16 @@ class RunFolder:
         """Write summary.json, the mark of a finished run. Raises TrainingError."""
         self._write(SUMMARY, json.dumps(summary, indent=1) + "\n")
 
-    def is_finished(self, summary: dict[str, Any], config: Config) -> bool:
+    def is_finished(self, summary: dict[str, Any], config: Config, manifest: Manifest) -> bool:
         """Whether a run with this summary has nothing left to do; False if `config` asks for more epochs.
 
-        Raises UserError where it was finished with another configuration.
+        Raises UserError where it was finished with another configuration or on other data.
         """
+        if summary["data"]["fingerprint"] != manifest.fingerprint:
+            raise UserError(
+                f"run {self.path} is finished on other data ({summary['data']['source']}), and this is "
+                f"{manifest.source}; give the new run another --name"
+            )
         now, before = config.identity(), summary["identity"]
         odd = {key: value for key, value in now.items() if key != "epochs" and before.get(key) != value}
         if odd and not config.checkpoint.accept_changes:

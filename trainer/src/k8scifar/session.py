@@ -212,16 +212,16 @@ def find(config: Config, manifest: packed.Manifest, world: World) -> tuple[dict[
     Collective; the same on all ranks. Raises UserError where ranks differ or the folder can't be used.
     """
     parallel.meet(world, config.identity() | {"data": manifest.fingerprint, "version": k8scifar.__version__})
-    answer = parallel.lead(world, lambda: _look(records.RunFolder(config.run_dir), config))
+    answer = parallel.lead(world, lambda: _look(records.RunFolder(config.run_dir), config, manifest))
     if answer is not None and answer[:1] == b"S":
         return json.loads(answer[1:]), None
     return None, answer[1:] if answer is not None else None
 
 
-def _look(folder: records.RunFolder, config: Config) -> bytes | None:
+def _look(folder: records.RunFolder, config: Config, manifest: packed.Manifest) -> bytes | None:
     """Rank 0's part of `find`: b"S" + a summary, b"C" + a checkpoint, or None for a fresh run."""
     summary = folder.summary()
-    if summary and folder.is_finished(summary, config):
+    if summary and folder.is_finished(summary, config, manifest):
         return b"S" + json.dumps(summary).encode()
     for path, content, why in checkpoint.newest_good(folder.checkpoints):
         if content is None:
