@@ -13,9 +13,7 @@ import signal
 import sys
 
 from k8scifar import meeting, processes
-from k8scifar.errors import FAILED, USER_MISTAKE
-
-PREEMPTED = 3  # exit code: a rank was told to stop, saved, and stopped
+from k8scifar.errors import FAILED, PREEMPTED, USER_MISTAKE
 
 
 def main(arguments: list[str]) -> int:

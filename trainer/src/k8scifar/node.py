@@ -33,6 +33,8 @@ class Plan:
     """Mean seconds between two attempts; the actual pause is between half and one and a half of it."""
     shutdown_timeout: int = 60
     """Seconds that the ranks get to save after SIGTERM."""
+    first_step: float = 900.0
+    """Seconds that the ranks get for their first step, after which a missing heartbeat is theirs."""
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def command(self, port: int) -> list[str]:

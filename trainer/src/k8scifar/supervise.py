@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 from k8scifar import completion, network, processes
-from k8scifar.agent import PREEMPTED
-from k8scifar.errors import FAILED, USER_MISTAKE
+from k8scifar.errors import FAILED, PREEMPTED, USER_MISTAKE
 from k8scifar.node import Plan
 
 POLL = 0.1  # seconds between two looks at the child
@@ -36,7 +35,7 @@ class Supervisor:
         self.plan = plan
         self.signals = 0
         self.reason = ""
-        self.heartbeat = plan.environment.get("K8SCIFAR_HEARTBEAT")
+        self.heartbeat = completion.Heartbeat(plan.environment.get("K8SCIFAR_HEARTBEAT"))
         self.termination_log = Path(plan.environment.get("K8SCIFAR_TERMINATION_LOG", "/dev/termination-log"))
         self._next: dict[str, float] = {}
 
@@ -91,7 +90,7 @@ class Supervisor:
         """Wait at most `plan.wait` seconds; False, and `otherwise` as the reason, if it did not come."""
         start = time.monotonic()
         while not self.signals:
-            completion.touch(self.heartbeat)
+            self.heartbeat.touch()
             if ready():
                 return True
             waited = time.monotonic() - start
@@ -122,32 +121,33 @@ class Supervisor:
 
     def _watch(self, child: processes.Child, scratch: Path) -> None:
         """Return when torchrun has ended, or should be ended by force."""
-        started_at, deadline, told = time.monotonic(), None, 0
+        begun = started_at = time.monotonic()
+        deadline, told = None, 0
         self._next.clear()
+        self.heartbeat.touch()
         while child.poll() is None:
             now = time.monotonic()
             if self.signals > told:
                 told = self.signals
                 child.signal(signal.SIGTERM)
                 deadline = now + (self.plan.shutdown_timeout + LINGER if told == 1 else 0.0)
-            elif not self.signals and deadline is None and self._over(scratch):
-                deadline = now + LINGER
+            elif not self.signals and deadline is None and (codes := self._exit_codes(scratch)):
+                if any(codes) or (len(codes) == self.plan.nproc_per_node and self.plan.node_rank == 0):
+                    deadline = now + LINGER
+                elif len(codes) == self.plan.nproc_per_node:
+                    deadline = now + self.plan.wait  # torchrun waits here until node 0 has written the last files
             if deadline is not None and now >= deadline:
                 return
             joined = any(scratch.glob("started.*"))
-            if not joined and self._due("joining", 5):
-                completion.touch(self.heartbeat)
-                if self.plan.nnodes > 1 and self._is_finished():
-                    return
-            if not joined and now - started_at > 20 and self._due("waiting", 30):
+            started_at = started_at if joined else now
+            if now - started_at < self.plan.first_step and self._due("heartbeat", 5):
+                self.heartbeat.touch_unless_others()
+            if not joined and self.plan.nnodes > 1 and self._due("finished", 5) and self._is_finished():
+                return
+            if not joined and now - begun > 20 and self._due("waiting", 30):
                 where = f"{self.plan.master_addr}:{self.plan.master_port}"
-                say(f"waiting for all {self.plan.nnodes} nodes to meet at {where} ({now - started_at:.0f} s)")
+                say(f"waiting for all {self.plan.nnodes} nodes to meet at {where} ({now - begun:.0f} s)")
             time.sleep(POLL)
-
-    def _over(self, scratch: Path) -> bool:
-        """Whether one local rank has failed, or all have ended."""
-        codes = self._exit_codes(scratch)
-        return any(codes) or len(codes) == self.plan.nproc_per_node
 
     @staticmethod
     def _exit_codes(scratch: Path) -> list[int]:
@@ -177,11 +177,11 @@ class Supervisor:
         """Whether rank 0's marker is there too; without it rank 0 will need this node again."""
         if self.plan.node_rank == 0 or not self.plan.config.run_dir.is_dir():
             return True  # rank 0 has written it, or the run folder is on another machine
-        end = time.monotonic() + 60
+        end = time.monotonic() + 10  # a file shows late on another NFS client
         while not self.signals and time.monotonic() < end:
             if completion.finished(self.plan.config):
                 return True
-            completion.touch(self.heartbeat)
+            self.heartbeat.touch()
             self._sleep(1.0)
         self.reason = f"this node's ranks are done, but rank 0 has left no {completion.MARKER}"
         return bool(self.signals)
