@@ -20,6 +20,12 @@ app.kubernetes.io/part-of: k8scifar
 {{ include "k8scifar.selector" . }}
 {{- end -}}
 
+{{- /* Of pods: without the chart's version, so that a new chart alone does not restart a training. */ -}}
+{{- define "k8scifar.podLabels" -}}
+{{ include "k8scifar.selector" . }}
+app.kubernetes.io/part-of: k8scifar
+{{- end -}}
+
 {{- define "k8scifar.selector" -}}
 app.kubernetes.io/name: {{ include "k8scifar.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -57,7 +63,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- define "k8scifar.workloadName" -}}
 {{- $name := include "k8scifar.fullname" . -}}
 {{- if eq .Values.workload.kind "Job" -}}
-{{- $what := dict "values" (omit .Values "tensorboard" "networkPolicy" "helmTest" "keepVolumes") "version" .Chart.Version -}}
+{{- $what := dict "values" (omit .Values "tensorboard" "networkPolicy" "helmTest" "keepVolumes") "version" .Chart.AppVersion -}}
 {{- printf "%s-%s" $name ($what | toJson | sha256sum | trunc 8) -}}
 {{- else -}}
 {{- $name -}}

@@ -2,7 +2,7 @@
 {{- define "k8scifar.pod" -}}
 metadata:
   labels:
-    {{- include "k8scifar.labels" . | nindent 4 }}
+    {{- include "k8scifar.podLabels" . | nindent 4 }}
     app.kubernetes.io/component: trainer
     {{- with .Values.podLabels }}
     {{- toYaml . | nindent 4 }}
@@ -61,7 +61,7 @@ spec:
         - --interface={{ . }}
         {{- end }}
       resources:
-        {{- toYaml .Values.preflight.resources | nindent 8 }}
+        {{- toYaml .Values.initResources | nindent 8 }}
       volumeMounts:
         {{- include "k8scifar.mounts" . | nindent 8 }}
         - name: dataset
@@ -80,7 +80,7 @@ spec:
         - {{ .Values.dataset.source | quote }}
         - {{ .Values.dataset.waitSeconds | quote }}
       resources:
-        {{- toYaml .Values.preflight.resources | nindent 8 }}
+        {{- toYaml .Values.initResources | nindent 8 }}
       volumeMounts:
         {{- include "k8scifar.mounts" . | nindent 8 }}
         - name: dataset
@@ -94,7 +94,7 @@ spec:
         - --only-data
         {{- include "k8scifar.preflightArguments" . | nindent 8 }}
       resources:
-        {{- toYaml .Values.preflight.resources | nindent 8 }}
+        {{- toYaml .Values.initResources | nindent 8 }}
       volumeMounts:
         {{- include "k8scifar.mounts" . | nindent 8 }}
         - name: dataset
@@ -123,18 +123,12 @@ spec:
         - name: rendezvous
           containerPort: {{ .Values.rendezvous.port }}
       startupProbe:
-        exec:
-          command: [test, -f, /tmp/heartbeat]
+        {{- include "k8scifar.heartbeatProbe" . | nindent 8 }}
         periodSeconds: 5
         failureThreshold: {{ div (add .Values.probes.startupSeconds 4) 5 }}
       livenessProbe:
-        exec:
-          command:
-            - sh
-            - -c
-            - test $(( $(date +%s) - $(stat -c %Y /tmp/heartbeat) )) -le {{ .Values.probes.livenessSeconds }}
+        {{- include "k8scifar.heartbeatProbe" . | nindent 8 }}
         periodSeconds: 15
-        timeoutSeconds: 5
         failureThreshold: 2
       resources:
         {{- include "k8scifar.resources" . | nindent 8 }}
@@ -166,6 +160,16 @@ spec:
     {{- with .Values.extraVolumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
+{{- end -}}
+
+{{- /* The heartbeat is fresh: a file that a former container left behind is not. */ -}}
+{{- define "k8scifar.heartbeatProbe" -}}
+exec:
+  command:
+    - sh
+    - -c
+    - test $(( $(date +%s) - $(stat -c %Y /tmp/heartbeat || echo 0) )) -le {{ .Values.probes.livenessSeconds }}
+timeoutSeconds: 5
 {{- end -}}
 
 {{- /* What every container of the training pod shares. */ -}}

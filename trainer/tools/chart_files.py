@@ -126,7 +126,7 @@ def table() -> str:
     def walk(node: dict[str, Any], path: str = "") -> None:
         for key, value in node.items():
             full = f"{path}{key}"
-            whole = full in ("resources", "preflight.resources", "tensorboard.resources")
+            whole = full in ("resources", "initResources", "tensorboard.resources")
             if isinstance(value, dict) and value and not whole:
                 walk(value, f"{full}.")
             else:

@@ -156,7 +156,6 @@ class Volume(BaseModel):
 class Preflight(Section):
     enabled: bool
     freeMiB: int = Field(ge=0)
-    resources: Resources
 
 
 class Probes(Section):
@@ -211,6 +210,7 @@ class Values(Section):
     gpu: Gpu
     runtimeClassName: str
     resources: Resources
+    initResources: Resources
     nodeSelector: Labels
     tolerations: list[Toleration]
     affinity: Affinity

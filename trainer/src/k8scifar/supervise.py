@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from k8scifar import completion, network, processes
+from k8scifar import completion, journal, network, processes
 from k8scifar.errors import FAILED, PREEMPTED, USER_MISTAKE
 from k8scifar.node import Plan
 
@@ -54,13 +54,15 @@ class Supervisor:
             if self.signals:
                 break
             attempts += 1
-            code = self._attempt()
+            self._journal("waiting", attempts)
+            code = self._attempt(attempts)
             if self.signals:
                 return self._stopped(code)
             if code == 0:
                 return self._after_done()
             if code == USER_MISTAKE or not self.plan.restart:
                 return self._end(code)
+            self._journal("failed", attempts)
             pause = self.plan.pause * random.uniform(0.5, 1.5)
             self._note(self.reason)
             say(f"attempt {attempts} ended ({self.reason or 'a peer was lost'}); the next starts in {pause:.1f} s")
@@ -104,7 +106,7 @@ class Supervisor:
 
     # One attempt
 
-    def _attempt(self) -> int:
+    def _attempt(self, number: int = 0) -> int:
         """One run of torchrun. No process of it is left afterwards."""
         self.reason = ""
         scratch = Path(tempfile.mkdtemp(prefix="k8scifar-"))
@@ -112,14 +114,14 @@ class Supervisor:
             self.plan.command(self.plan.master_port or network.free_port()), self.plan.child_environment(scratch)
         )
         try:
-            self._watch(child, scratch)
+            self._watch(child, scratch, number)
         finally:
             child.kill_tree()
             code = self._judge(child.code, scratch)
             shutil.rmtree(scratch, ignore_errors=True)
         return code
 
-    def _watch(self, child: processes.Child, scratch: Path) -> None:
+    def _watch(self, child: processes.Child, scratch: Path, number: int = 0) -> None:
         """Return when torchrun has ended, or should be ended by force."""
         begun = started_at = time.monotonic()
         deadline, told = None, 0
@@ -140,6 +142,8 @@ class Supervisor:
                 return
             joined = any(scratch.glob("started.*"))
             started_at = started_at if joined else now
+            if joined and self._due("joined", 86400 * 365):
+                self._journal("training", number)
             if now - started_at < self.plan.first_step and self._due("heartbeat", 5):
                 self.heartbeat.touch_unless_others()
             if not joined and self.plan.nnodes > 1 and self._due("finished", 5) and self._is_finished():
@@ -193,6 +197,7 @@ class Supervisor:
 
     def _after_done(self) -> int:
         self._note("done")
+        self._journal("done")
         if self.plan.when_done == "exit":
             return 0
         if self.plan.when_done == "scale-down" and self.plan.node_rank == 0:
@@ -210,14 +215,20 @@ class Supervisor:
     def _stopped(self, code: int) -> int:
         if code in (0, PREEMPTED):
             # In a Job an exit code of 0 would count as completed.
-            return self._end(PREEMPTED) if self.plan.when_done == "exit" else 0
+            code = self._end(PREEMPTED)
+            return code if self.plan.when_done == "exit" else 0
         self.reason = self.reason or "stopped before the ranks could save; training resumes from the last checkpoint"
         say(self.reason)
         return self._end(code)
 
     def _end(self, code: int) -> int:
         self._note(self.reason)
+        self._journal("stopped" if code == PREEMPTED else "failed")
         return code
+
+    def _journal(self, state: str, attempt: int = 0) -> None:
+        if self.plan.restart:  # somebody else will ask
+            journal.write(self.plan.config.run_dir, self.plan.node_rank, state, self.reason, attempt)
 
     def _note(self, text: str) -> None:
         """Leave the reason where the kubelet takes a container's termination message from."""
