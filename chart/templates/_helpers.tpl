@@ -117,17 +117,17 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{- /* Which volume source a volume's values choose: of (root, key) one of nfs, csiNfs, storageClass, claim, hostPath. */ -}}
+{{- /* Which volume source a volume's values choose: of (root, key) one of nfs, storageClass, claim,
+     hostPath, commonNfs. */ -}}
 {{- define "k8scifar.source" -}}
 {{- $volume := index .root.Values .key -}}
 {{- $chosen := list -}}
 {{- if $volume.nfs.server }}{{ $chosen = append $chosen "nfs" }}{{ end -}}
-{{- if $volume.csiNfs.server }}{{ $chosen = append $chosen "csiNfs" }}{{ end -}}
 {{- if $volume.storageClassName }}{{ $chosen = append $chosen "storageClass" }}{{ end -}}
 {{- if $volume.existingClaim }}{{ $chosen = append $chosen "claim" }}{{ end -}}
 {{- if $volume.hostPath }}{{ $chosen = append $chosen "hostPath" }}{{ end -}}
 {{- if gt (len $chosen) 1 -}}
-{{- $names := dict "nfs" "nfs.server" "csiNfs" "csiNfs.server" "storageClass" "storageClassName" "claim" "existingClaim" "hostPath" "hostPath" -}}
+{{- $names := dict "nfs" "nfs.server" "storageClass" "storageClassName" "claim" "existingClaim" "hostPath" "hostPath" -}}
 {{- $set := list -}}
 {{- range $chosen }}{{ $set = append $set (printf "%s.%s" $.key (index $names .)) }}{{ end -}}
 {{- fail (printf "\n\n%s are both set: a volume comes from one place; keep one of them\n" (join " and " $set)) -}}

@@ -15,8 +15,6 @@
   {{- end -}}
 {{- else if and (eq $source "nfs") (not $volume.nfs.path) -}}
   {{- fail (printf "\n\n%s.nfs.server is set but %s.nfs.path is not: set it to the exported folder\n" $key $key) -}}
-{{- else if and (eq $source "csiNfs") (not $volume.csiNfs.share) -}}
-  {{- fail (printf "\n\n%s.csiNfs.server is set but %s.csiNfs.share is not: set it to the exported folder\n" $key $key) -}}
 {{- end -}}
 {{- if and (eq $volume.accessMode "ReadWriteOnce") (gt (int $values.nodes) 1) (eq $values.podAntiAffinity.mode "required") -}}
   {{- fail (printf "\n\n%s.accessMode is ReadWriteOnce, which one machine at a time can mount, but nodes is %d: use ReadWriteMany, or set podAntiAffinity.mode=none to train on one machine\n" $key (int $values.nodes)) -}}

@@ -37,6 +37,7 @@ class CommonNfs(Section):
     server: str
     path: AbsolutePath
     mountOptions: list[str]
+    csi: bool
 
 
 class Nfs(Section):
@@ -44,17 +45,11 @@ class Nfs(Section):
     path: AbsolutePath
 
 
-class CsiNfs(Section):
-    server: str
-    share: AbsolutePath
-
-
 class Checkpoints(Section):
     folder: Folder
     size: Quantity
     accessMode: Literal["ReadWriteMany", "ReadWriteOnce"]
     nfs: Nfs
-    csiNfs: CsiNfs
     storageClassName: str
     existingClaim: str
     hostPath: AbsolutePath

@@ -158,7 +158,7 @@ def check_shared(folder: Path, name: str, rank: int, wait: float) -> None:
         raise Problem(
             NOT_SHARED,
             f"node 0 has left no mark in {marks} within {wait:.0f} s: either its pod does not run (kubectl "
-            f"describe it), or the {name} volume here is not the one it has; a hostPath or ReadWriteOnce volume is not shared",
+            f"describe it), or the {name} volume here is not the one it has: a hostPath is not shared",
         )
 
 
