@@ -65,7 +65,20 @@ def _train_schema() -> dict[str, Any]:
         for parent in parents:
             section = section["properties"][parent]
         del section["properties"][last]
-    return train
+    return _accept_numbers_as_text(train)
+
+
+def _accept_numbers_as_text(node: Any) -> Any:
+    """Let a fractional number be text too: Helm's `--set a=0.1` makes text of it, which the trainer reads as a number."""
+    if isinstance(node, list):
+        return [_accept_numbers_as_text(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") == "number":
+        limits = {key: node[key] for key in node if key not in ("description", "title", "default")}
+        text = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"}
+        return {key: node[key] for key in node if key not in limits} | {"anyOf": [limits, text]}
+    return {key: _accept_numbers_as_text(value) for key, value in node.items()}
 
 
 def _inline(whole: dict[str, Any]) -> dict[str, Any]:
