@@ -60,9 +60,9 @@
 {{- fail "\n\ncompletion.policy=scaleDown is for a StatefulSet: a Job's pods complete by themselves; set it to hold\n" -}}
 {{- end -}}
 {{- end -}}
-{{- $timeout := dig "distributed" "timeout_seconds" 60 $values.train | int -}}
-{{- if le (int $values.probes.livenessSeconds) $timeout -}}
-{{- fail (printf "\n\nprobes.livenessSeconds %d must be more than train.distributed.timeout_seconds %d: the ranks themselves should notice a lost peer first\n" (int $values.probes.livenessSeconds) $timeout) -}}
+{{- $timeout := dig "distributed" "timeout_seconds" 60 $values.train | float64 -}}
+{{- if le (float64 $values.probes.livenessSeconds) $timeout -}}
+{{- fail (printf "\n\nprobes.livenessSeconds %d must be more than train.distributed.timeout_seconds %g: the ranks themselves should notice a lost peer first\n" (int $values.probes.livenessSeconds) $timeout) -}}
 {{- end -}}
 {{- with $values.tensorboard -}}
 {{- if and .ingress.enabled (not .ingress.host) -}}

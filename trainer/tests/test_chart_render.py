@@ -85,7 +85,8 @@ def test_statefulset_starts_all_pods_at_once_on_different_machines(two_node):
 
 
 def test_anti_affinity_adds_to_the_users_own():
-    own = '--set-json=affinity={"podAntiAffinity":{"requiredDuringSchedulingIgnoredDuringExecution":[{"topologyKey":"zone"}]}}'
+    term = '{"podAntiAffinity":{"requiredDuringSchedulingIgnoredDuringExecution":[{"topologyKey":"zone"}]}}'
+    own = f"--set-json=affinity={term}"
     rules = trainer(render(*NFS, own))["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     assert [rule["topologyKey"] for rule in rules] == ["zone", "kubernetes.io/hostname"]
     preferred = trainer(render(*NFS, "--set=podAntiAffinity.mode=preferred"))["affinity"]["podAntiAffinity"]

