@@ -202,12 +202,17 @@ def put(tree, path, value):
     tree[last] = value
 
 
+RENDERED: dict[str, subprocess.CompletedProcess] = {}
+
+
 def template(values, tmp_path):
+    text = yaml.safe_dump(values)
     path = tmp_path / "values.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return subprocess.run(
+    path.write_text(text)
+    RENDERED[text] = RENDERED.get(text) or subprocess.run(
         [helm(), "template", "cifar", str(CHART), "-f", str(path)], capture_output=True, text=True, check=False
     )
+    return RENDERED[text]
 
 
 @pytest.mark.parametrize("path", list(leaves(DEFAULTS)))
