@@ -13,11 +13,20 @@ from pathlib import Path
 import pytest
 import yaml
 from chart_helpers import CHART, NFS, helm, one, trainer
-from conftest import TINY
 from hosts import two
 
 pytestmark = [pytest.mark.helm, pytest.mark.slow]
 BIN = Path(sys.executable).parent
+# A few seconds: 4 steps an epoch.
+SMALL = {
+    "epochs": 2,
+    "global_batch": 50,
+    "micro_batch": 25,
+    "resolution": [{"until": 1.0, "pixels": 8}],
+    "evaluation": {"tta": False},
+    "hardware": {"precision": "fp32", "threads": 1},
+    "log": {"every_seconds": 1, "tensorboard": False},
+}
 NAMES = [f"cifar-{ordinal}.cifar.default.svc.cluster.local" for ordinal in (0, 1)]
 
 
@@ -81,7 +90,7 @@ class Pod:
 
 def rendered(tmp_path: Path, **train) -> list[dict]:
     values = tmp_path / "values.yaml"
-    values.write_text(yaml.safe_dump({"dataset": {"source": "synthetic:1000:303"}, "train": TINY | train}))
+    values.write_text(yaml.safe_dump({"dataset": {"source": "synthetic:200:50"}, "train": SMALL | train}))
     command = [helm(), "template", "cifar", str(CHART), "-f", "values/two-node.yaml", "-f", str(values), NFS[1]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=CHART.parent, check=True)
     return [item for item in yaml.safe_load_all(done.stdout) if item]
@@ -169,7 +178,7 @@ def test_a_lost_pod_costs_the_other_nothing_and_an_upgrade_converges(tmp_path):
         assert "resuming from" in pods[0].text()
 
         # helm upgrade: the last pod first, while the other still trains.
-        upgraded = rendered(tmp_path, epochs=epochs(tmp_path) + 60, optimizer={"lr": 0.01})
+        upgraded = rendered(tmp_path, epochs=epochs(tmp_path) + 12, optimizer={"lr": 0.01})
         pods[1].stop()
         pods[1] = Pod(hosts[1], 1, upgraded, tmp_path)
         until(lambda: "do not belong together" in pods[0].text() + pods[1].text(), 90, pods)

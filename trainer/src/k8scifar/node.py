@@ -63,6 +63,8 @@ class Plan:
             # Read by torch 2.13 and newer in place of 30 s; the same as its --shutdown-timeout.
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(self.shutdown_timeout),
         }
+        if "TORCH_CPP_LOG_LEVEL" not in self.environment:
+            ours["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # its warnings are of peers' names that have no reverse lookup
         if self.config.distributed.interface:
             ours |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.config.distributed.interface)
         return self.environment | ours
