@@ -28,7 +28,7 @@ app.kubernetes.io/part-of: k8scifar
 
 {{- define "k8scifar.selector" -}}
 app.kubernetes.io/name: {{ include "k8scifar.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "k8scifar.image" -}}
@@ -46,11 +46,14 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- ternary .Values.gpu.perNode .Values.processesPerNode .Values.gpu.enabled -}}
 {{- end -}}
 
-{{- /* The trainer's configuration: `train`, whose empty name becomes the release's. */ -}}
+{{- /* The trainer's configuration: `train`, whose empty name becomes the release's; with GPUs it never falls back to the CPU. */ -}}
 {{- define "k8scifar.config" -}}
 {{- $train := deepCopy .Values.train -}}
 {{- if not $train.name -}}
 {{- $_ := set $train "name" .Release.Name -}}
+{{- end -}}
+{{- if and .Values.gpu.enabled (not (dig "hardware" "device" "" $train)) -}}
+{{- $_ := set $train "hardware" (merge (dict "device" "cuda") (default dict $train.hardware)) -}}
 {{- end -}}
 {{- toYaml $train -}}
 {{- end -}}

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.helm
 MINORS = [f"1.{minor}" for minor in range(27, 38)]
 COMBINATIONS = [
     (*NFS, "--set=nodes=1"),
-    (*NFS, "--set=nodes=4,train.micro_batch=125,podAntiAffinity.mode=preferred"),
+    (*NFS, "--set=nodes=4,train.global_batch=500,train.micro_batch=125,podAntiAffinity.mode=preferred"),
     (*NFS, "--set=completion.policy=scaleDown,gpu.enabled=true,gpu.perNode=1,runtimeClassName=nvidia"),
     (*NFS, "--set=workload.kind=Job,job.ttlSecondsAfterFinished=0,job.activeDeadlineSeconds=60,nodes=1"),
     (*NFS, "--set=tensorboard.enabled=false,networkPolicy.enabled=false,preflight.enabled=false,keepVolumes=false"),
@@ -112,6 +112,7 @@ def test_processes_follow_the_gpus():
     assert "--nproc-per-node=2" in container(pod)["args"]
     assert container(pod)["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert pod["runtimeClassName"] == "nvidia"
+    assert "device: cuda" in one(render(*NFS, "gpu.yaml"), "ConfigMap")["data"]["train.yaml"]
     assert "nvidia.com/gpu" not in container(trainer(render(*NFS)))["resources"]["limits"]
 
 
@@ -133,7 +134,7 @@ def test_the_trainer_accepts_its_configuration(tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text(text)
     config = settings.load(path)
-    assert (config.epochs, config.name, config.recipe, config.checkpoint.accept_changes) == (7, "cifar", "quick", True)
+    assert (config.epochs, config.name, config.recipe, config.checkpoint.accept_changes) == (7, "cifar", "demo", True)
 
 
 def test_static_nfs_volumes_and_claims_are_bound_to_each_other_only(two_node):
@@ -235,7 +236,7 @@ def test_the_liveness_probe_works(two_node, tmp_path):
     assert subprocess.run(here, capture_output=True).returncode != 0
     beat.touch()
     assert subprocess.run(here).returncode == 0
-    os.utime(beat, (time.time() - 301, time.time() - 301))
+    os.utime(beat, (time.time() - 601, time.time() - 601))
     assert subprocess.run(here).returncode != 0
 
 

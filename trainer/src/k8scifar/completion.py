@@ -9,7 +9,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from k8scifar.config import Config
@@ -32,6 +32,15 @@ def finished(config: Config) -> dict | None:
     found = summary(config.run_dir)
     epochs = found.get("epochs") if found else None
     return found if isinstance(epochs, int) and epochs >= config.epochs else None
+
+
+def leave_message(text: str, environment: Mapping[str, str]) -> None:
+    """Write one line where the kubelet takes a container's termination message from, if this is a container of a pod."""
+    named = environment.get("K8SCIFAR_TERMINATION_LOG")
+    path = Path(named or "/dev/termination-log")
+    with contextlib.suppress(OSError):
+        if text and (named or path.exists()):
+            path.write_text(f"{text[:1000]}\n")
 
 
 class Heartbeat:

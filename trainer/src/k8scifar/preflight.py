@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from k8scifar import launch, network
+from k8scifar import completion, launch, network
 from k8scifar.errors import UserError
 from k8scifar.files import sync_folder, write_atomically
 
@@ -69,10 +69,7 @@ def run(args: argparse.Namespace) -> int:
     except Problem as problem:
         line = f"k8scifar: preflight: {problem}"
         print(line, file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            log = Path(os.environ.get("K8SCIFAR_TERMINATION_LOG", "/dev/termination-log"))
-            if log.parent.is_dir():
-                log.write_text(line + "\n")
+        completion.leave_message(line, os.environ)
         return problem.code
     print(f"k8scifar: preflight: node {rank} of {args.nnodes} is ready", file=sys.stderr)
     return 0

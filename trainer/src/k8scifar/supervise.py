@@ -6,7 +6,6 @@ process: in a pod the container goes on, so that the kubelet's crash back-off ha
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
 import signal
@@ -36,7 +35,6 @@ class Supervisor:
         self.signals = 0
         self.reason = ""
         self.heartbeat = completion.Heartbeat(plan.environment.get("K8SCIFAR_HEARTBEAT"))
-        self.termination_log = Path(plan.environment.get("K8SCIFAR_TERMINATION_LOG", "/dev/termination-log"))
         self._next: dict[str, float] = {}
 
     def run(self) -> int:
@@ -231,10 +229,7 @@ class Supervisor:
             journal.write(self.plan.config.run_dir, self.plan.node_rank, state, self.reason, attempt)
 
     def _note(self, text: str) -> None:
-        """Leave the reason where the kubelet takes a container's termination message from."""
-        with contextlib.suppress(OSError):
-            if text and self.termination_log.parent.is_dir():
-                self.termination_log.write_text(f"{text[:1000]}\n")
+        completion.leave_message(text, self.plan.environment)
 
     def _on_signal(self, *_: object) -> None:
         self.signals += 1
