@@ -352,11 +352,11 @@ def test_scaling_down_patches_one_scale(tmp_path, monkeypatch):
     assert "service account" in completion.scale_to_zero("cifar", tmp_path / "none")
 
 
-def launched(stub: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def launched(folder: Path, stub: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """`k8scifar launch` with real torchrun, whose ranks run `stub`."""
     environment = os.environ | {"PYTHONPATH": str(STUBS), "STUB_TRAIN": stub} | environment
     command = [PYTHON, "-m", "k8scifar", "launch", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=folder)
 
 
 def test_torchrun_gives_every_rank_its_place_and_options(tmp_path):
@@ -394,7 +394,7 @@ def train(arguments):
     return 2
 """
     log = tmp_path / "log"
-    done = launched(stub, "--nproc-per-node=2", "--restart=always", K8SCIFAR_TERMINATION_LOG=str(log))
+    done = launched(tmp_path, stub, "--nproc-per-node=2", "--restart=always", K8SCIFAR_TERMINATION_LOG=str(log))
     assert done.returncode == 2
     assert done.stderr == "k8scifar: error: there is no data\n"
     assert log.read_text() == "there is no data\n"
@@ -409,7 +409,7 @@ def train(arguments):
     time.sleep(60)
 """
     begun = time.monotonic()
-    done = launched(stub, "--nproc-per-node=2")
+    done = launched(tmp_path, stub, "--nproc-per-node=2")
     assert done.returncode == 1
     assert done.stderr == "k8scifar: rank 1 died of SIGKILL: if nobody killed it, the machine was out of memory\n"
     assert time.monotonic() - begun < 60

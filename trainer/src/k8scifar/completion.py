@@ -35,7 +35,7 @@ def finished(config: Config) -> dict | None:
 
 
 def leave_message(text: str, environment: Mapping[str, str]) -> None:
-    """Write one line where the kubelet takes a container's termination message from, if this is a container of a pod."""
+    """Write one line where the kubelet finds a container's termination message, if this is a container of a pod."""
     named = environment.get("K8SCIFAR_TERMINATION_LOG")
     path = Path(named or "/dev/termination-log")
     with contextlib.suppress(OSError):
