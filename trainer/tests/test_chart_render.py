@@ -108,7 +108,7 @@ def test_static_rendezvous_at_pod_0(two_node):
 
 
 def test_processes_follow_the_gpus():
-    pod = trainer(render(*NFS, "gpu.yaml", "--set=gpu.perNode=2,train.micro_batch=125"))
+    pod = trainer(render(*NFS, "gpu.yaml", "--set=gpu.perNode=2,train.global_batch=500,train.micro_batch=125"))
     assert "--nproc-per-node=2" in container(pod)["args"]
     assert container(pod)["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert pod["runtimeClassName"] == "nvidia"

@@ -41,10 +41,16 @@ SCHEMA = json.loads((CHART / "values.schema.json").read_text())
         ((*NFS, "--set=train.data.dir=/x"), "data"),
         ((*NFS, "--set=train.distributed.world_size=2"), "world_size"),
         ((*NFS, "--set=tensorboard.ingress.hosts=3"), "hosts"),
-        ((*NFS, "--set=nodes=3"), "3 ranks (nodes x processes) can't share equally: choose a train.global_batch"),
-        ((*NFS, "--set=nodes=5"), "set train.micro_batch to 50"),
-        ((*NFS, "--set=processesPerNode=2,train.global_batch=500"), "set train.micro_batch to 125"),
-        ((*NFS, "--set=train.global_batch=510"), "not a multiple"),
+        (
+            (*NFS, "--set=nodes=3,train.global_batch=500,train.micro_batch=250"),
+            "3 ranks (nodes x processes) can't share equally: choose a train.global_batch",
+        ),
+        ((*NFS, "--set=nodes=4,train.global_batch=500,train.micro_batch=250"), "set train.micro_batch to 125"),
+        (
+            (*NFS, "--set=processesPerNode=2,train.global_batch=500,train.micro_batch=250"),
+            "set train.micro_batch to 125",
+        ),
+        ((*NFS, "--set=train.global_batch=510,train.micro_batch=250"), "not a multiple"),
         ((*NFS, "--set=gpu.enabled=true,gpu.resourceName="), "gpu.resourceName"),
         ((*NFS, "--set=gpu.enabled=true,train.hardware.device=cpu"), "train.hardware.device"),
         ((*NFS, "--set=workload.shutdownTimeoutSeconds=85"), "terminationGracePeriodSeconds 90 must be at least"),
@@ -217,7 +223,7 @@ def template(values, tmp_path):
 
 @pytest.mark.parametrize("path", list(leaves(DEFAULTS)))
 def test_every_value_is_used(path, tmp_path):
-    base = {"nfs": {"server": "192.0.2.1", "path": "/srv"}}
+    base = {"nfs": {"server": "192.0.2.1", "path": "/srv"}, "train": {"global_batch": 512, "micro_batch": 32}}
     for prefix, beside in BESIDE.items():
         if path.startswith(prefix):
             base |= copy.deepcopy(beside)
