@@ -56,6 +56,7 @@ spec:
       args:
         - preflight
         {{- include "k8scifar.preflightArguments" . | nindent 8 }}
+        - --config=/etc/k8scifar/train.yaml
         - --min-free={{ .Values.preflight.freeMiB }}
         {{- with dig "distributed" "interface" "" .Values.train }}
         - --interface={{ . }}

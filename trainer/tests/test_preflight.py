@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -90,6 +91,34 @@ def test_a_full_volume_is_found(tmp_path):
         assert (code, "is full" in told) == (16, True), told
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_a_folder_of_another_user_is_found_and_its_owner_told():
+    if os.geteuid() != 0:
+        pytest.skip("changes its user id")
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)  # as a root-squashed export that nobody has given to the pods' user
+        script = (
+            "import os, sys; from k8scifar import cli, preflight; os.setgid(1000); os.setuid(1000);"
+            f"sys.exit(cli.main(['preflight', '--data-dir={folder}/data', '--runs-dir={folder}/runs']))"
+        )
+        done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, check=False)
+    finally:
+        folder.rmdir()
+    assert done.returncode == 14, done.stderr
+    assert f"user 1000:1000 can't write in {folder} of the dataset volume, owned by 0:0, mode 755" in done.stderr
+    assert "chown 1000:1000" in done.stderr and "user.uid" in done.stderr
+
+
+def test_a_finished_run_needs_no_peers(tmp_path):
+    run = tmp_path / "volume/runs/a"
+    run.mkdir(parents=True)
+    (tmp_path / "train.yaml").write_text("name: a\nepochs: 3\n")
+    arguments = ["--nnodes=2", "--node-rank=1", "--master-addr=a-0.nowhere.invalid", f"--config={tmp_path}/train.yaml"]
+    assert check(tmp_path, *arguments)[0] == 10
+    (run / "summary.json").write_text('{"epochs": 3}')
+    assert check(tmp_path, *arguments)[0] == 0
 
 
 def test_a_read_only_volume_is_found(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
@@ -18,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from k8scifar import completion, launch, network
+from k8scifar import completion, launch, network, settings
 from k8scifar.errors import UserError
 from k8scifar.files import sync_folder, write_atomically
 
@@ -48,11 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of the run folders")
     parser.add_argument("--min-free", type=int, default=512, metavar="MIB", help="free space of each volume, MiB (512)")
     parser.add_argument("--interface", default="", metavar="NAME", help="network interface of the collectives")
+    parser.add_argument("--config", metavar="FILE", help="settings of the run; one that is finished needs no peers")
     parser.add_argument("--only-data", action="store_true", help="check only that all machines see the same data")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the checks, stop at the first that fails; returns its exit code, 0 where none does."""
+    """Run the checks, stop at the first that fails; returns its exit code, 0 where none does. Raises UserError."""
     rank = args.node_rank if args.node_rank is not None else launch.node_rank(args.nnodes, os.environ)
     try:
         if args.only_data:
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             check_shm()
             check_volume(args.data_dir, DATA_VOLUME, "dataset", args.min_free)
             check_volume(args.runs_dir, RUNS_VOLUME, "checkpoints", args.min_free)
-            if args.nnodes > 1:
+            if args.nnodes > 1 and not _is_finished(args):
                 check_names(args.master_addr, rank, args.wait, args.interface)
                 check_shared(args.data_dir, "dataset", rank, args.wait)
                 check_shared(args.runs_dir, "checkpoints", rank, args.wait)
@@ -188,6 +190,12 @@ def check_data(data_dir: Path, runs_dir: Path, rank: int, wait: float) -> None:
         f"this pod sees data set {mine} in {data_dir}, node 0 sees {_read(mark) or 'none'}: both must mount one "
         "dataset volume",
     )
+
+
+def _is_finished(args: argparse.Namespace) -> bool:
+    """Whether the run is done: then node 0 may be gone for good, and nobody has to wait for it."""
+    config = settings.load(args.config, [f"runs_dir={json.dumps(str(args.runs_dir))}"])
+    return completion.finished(config) is not None
 
 
 def _advice(folder: Path, name: str, error: OSError) -> str:
