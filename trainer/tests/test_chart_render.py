@@ -5,7 +5,7 @@ import json
 import kubernetes_validate
 import pytest
 import yaml
-from chart_helpers import CHART, FILES, NFS, container, layers, one, pods, refused, render, run, trainer
+from chart_helpers import CHART, FILES, NFS, container, layers, one, refused, render, run, trainer
 
 pytestmark = pytest.mark.helm
 MINORS = [f"1.{minor}" for minor in range(27, 38)]
@@ -137,62 +137,6 @@ def test_the_trainer_accepts_its_configuration(tmp_path):
     assert (config.epochs, config.name, config.recipe, config.checkpoint.accept_changes) == (7, "cifar", "demo", True)
 
 
-def test_static_nfs_volumes_and_claims_are_bound_to_each_other_only(two_node):
-    for key in ("dataset", "checkpoints"):
-        volume = one(two_node, "PersistentVolume", f"default-cifar-{key}")
-        claim = one(two_node, "PersistentVolumeClaim", f"cifar-{key}")
-        reference = volume["spec"]["claimRef"]
-        assert (reference["namespace"], reference["name"]) == ("default", claim["metadata"]["name"])
-        assert claim["spec"]["volumeName"] == volume["metadata"]["name"]
-        assert volume["spec"]["storageClassName"] == claim["spec"]["storageClassName"] == ""
-        assert volume["spec"]["nfs"] == {"server": "192.0.2.1", "path": "/srv/k8scifar"}
-        assert "nfsvers=4.1" in volume["spec"]["mountOptions"]
-        assert volume["spec"]["persistentVolumeReclaimPolicy"] == "Retain"
-        for item in (volume, claim):
-            assert item["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
-    for item in render(*NFS, "--set=keepVolumes=false"):
-        assert "helm.sh/resource-policy" not in item["metadata"].get("annotations", {})
-
-
-def test_pods_make_their_folders_themselves():
-    for options in map(layers, FILES):
-        for pod in pods(render(*options)):
-            for item in pod["containers"] + pod.get("initContainers", []):
-                assert not any("subPath" in mount for mount in item["volumeMounts"])
-
-
-@pytest.mark.parametrize(
-    ("setting", "volume", "claim"),
-    [
-        ("dataset.storageClassName=fast", None, {"storageClassName": "fast"}),
-        ("dataset.hostPath=/data", {"hostPath": {"path": "/data", "type": "Directory"}}, {"storageClassName": ""}),
-        ("dataset.nfs.server=b,dataset.nfs.path=/x", {"nfs": {"server": "b", "path": "/x"}}, {"storageClassName": ""}),
-    ],
-)
-def test_other_volumes(setting, volume, claim):
-    objects = render(*NFS, f"--set={setting}")
-    found = [item for item in objects if item["kind"] == "PersistentVolume" and "dataset" in item["metadata"]["name"]]
-    assert bool(found) == bool(volume)
-    if volume:
-        assert volume.items() <= found[0]["spec"].items()
-    assert claim.items() <= one(objects, "PersistentVolumeClaim", "cifar-dataset")["spec"].items()
-
-
-def test_existing_claim_makes_nothing_and_is_mounted():
-    objects = render(*NFS, "--set=dataset.existingClaim=mine")
-    assert not any("dataset" in item["metadata"]["name"] for item in objects)
-    (volume,) = (volume for volume in trainer(objects)["volumes"] if volume["name"] == "dataset")
-    assert volume["persistentVolumeClaim"]["claimName"] == "mine"
-
-
-def test_csi_nfs():
-    objects = render(*layers("csi-nfs.yaml"))
-    drivers = [item["spec"]["csi"] for item in objects if item["kind"] == "PersistentVolume"]
-    assert {item["driver"] for item in drivers} == {"nfs.csi.k8s.io"}
-    assert all(item["volumeAttributes"] == {"server": "192.0.2.1", "share": "/srv/k8scifar"} for item in drivers)
-    assert len({item["volumeHandle"] for item in drivers}) == 2
-
-
 def test_one_pod_prepares_the_others_wait(two_node):
     import subprocess
 
@@ -238,47 +182,6 @@ def test_the_liveness_probe_works(two_node, tmp_path):
     assert subprocess.run(here).returncode == 0
     os.utime(beat, (time.time() - 601, time.time() - 601))
     assert subprocess.run(here).returncode != 0
-
-
-def test_a_job_is_indexed_and_fails_as_a_group():
-    objects = render(*layers("job.yaml"))
-    job = one(objects, "Job")
-    spec = job["spec"]
-    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
-    assert spec["template"]["spec"]["restartPolicy"] == "Never"
-    assert spec["template"]["spec"]["subdomain"] == "cifar"
-    assert spec["backoffLimit"] == 20 and "backoffLimitPerIndex" not in spec
-    rules = spec["podFailurePolicy"]["rules"]
-    assert [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules] == [
-        ("FailJob", [2]),
-        ("Ignore", [3]),
-        ("Ignore", None),
-    ]
-    arguments = container(trainer(objects))["args"]
-    assert "--when-done=exit" in arguments
-    name = job["metadata"]["name"]
-    assert f"--master-addr={name}-0.cifar.default.svc.cluster.local" in arguments
-    assert not [item for item in objects if item["kind"] == "StatefulSet"]
-
-
-def test_a_changed_job_gets_another_name():
-    def name(*more):
-        return one(render(*layers("job.yaml"), *more), "Job")["metadata"]["name"]
-
-    assert name() != name("--set=train.epochs=3")
-    assert name() == name("--set=tensorboard.port=80")
-
-
-def test_both_kinds_have_the_same_pod():
-    one_kind, other = trainer(render(*NFS)), trainer(render(*NFS, "--set=workload.kind=Job"))
-    for pod in (one_kind, other):
-        for key in ("restartPolicy", "subdomain"):
-            pod.pop(key, None)
-        for item in pod["containers"] + pod["initContainers"]:
-            item["args"] = [
-                word for word in item.get("args", []) if not word.startswith(("--master-addr", "--when-done"))
-            ]
-    assert one_kind == other
 
 
 def test_tensorboard_reads_only(two_node):
@@ -355,31 +258,3 @@ def test_helm_test_reads_the_run_folder(two_node):
     (status,) = pod["spec"]["containers"]
     assert status["args"] == ["status", "/volumes/checkpoints/runs/cifar", "--wait=180"]
     assert next(mount for mount in status["volumeMounts"] if mount["name"] == "checkpoints")["readOnly"] is True
-
-
-@pytest.mark.parametrize("kind", ["StatefulSet", "Job"])
-def test_notes_give_three_commands_with_this_releases_names(kind):
-    # Helm 3 prints the notes only where it reaches a cluster.
-    notes = run(*NFS, f"--set=workload.kind={kind}", "--dry-run=client", "-n=lab", verb="install").stdout
-    notes = notes.partition("NOTES:")[2]
-    assert "kubectl -n lab logs -f" in notes
-    assert "kubectl -n lab port-forward svc/cifar-tensorboard 6006:6006" in notes
-    assert "helm -n lab test cifar --logs" in notes
-    assert "WARNING" not in notes
-
-
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
-        ("podAntiAffinity.mode=none", "may share one machine"),
-        ("gpu.perNode=2", "gpu.enabled is false"),
-        ("keepVolumes=false", "deletes the claims"),
-        ("networkPolicy.enabled=false", "can disturb the training"),
-        ("dataset.hostPath=/x", "only where they share that folder"),
-        ("gpu.enabled=true,processesPerNode=2", "processesPerNode is not used"),
-        ("completion.policy=scaleDown,serviceAccountName=x", "serviceAccountName is not used"),
-    ],
-)
-def test_notes_warn(setting, words):
-    notes = run(*NFS, f"--set={setting}", "--dry-run=client", verb="install").stdout
-    assert "WARNING" in notes and words in notes
