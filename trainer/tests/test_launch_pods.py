@@ -27,7 +27,6 @@ SMALL = {
     "hardware": {"precision": "fp32", "threads": 1},
     "log": {"every_seconds": 1, "tensorboard": False},
 }
-NAMES = [f"cifar-{ordinal}.cifar.default.svc.cluster.local" for ordinal in (0, 1)]
 
 
 class Pod:
@@ -35,6 +34,7 @@ class Pod:
 
     def __init__(self, host, ordinal: int, objects: list[dict], folder: Path) -> None:
         self.host, self.ordinal, self.spec = host, ordinal, trainer(objects)
+        self.is_job = any(item["kind"] == "Job" for item in objects)
         self.folder = folder / f"pod-{ordinal}-{time.monotonic_ns()}"
         (self.folder / "config").mkdir(parents=True)
         (self.folder / "config" / "train.yaml").write_text(one(objects, "ConfigMap")["data"]["train.yaml"])
@@ -59,8 +59,10 @@ class Pod:
     def _start(self, item: dict) -> subprocess.Popen:
         environment = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(self.folder)}
         environment["K8SCIFAR_TERMINATION_LOG"] = str(self.folder / "termination-log")
+        if self.is_job:
+            environment["JOB_COMPLETION_INDEX"] = str(self.ordinal)
         for variable in item["env"]:
-            environment[variable["name"]] = self._here(variable.get("value", f"cifar-{self.ordinal}"))
+            environment[variable["name"]] = self._here(variable.get("value", self.host.name.partition(".")[0]))
         command = [self._here(word) for word in item["command"] + item.get("args", [])]
         return self.host.popen(command, environment, self.log)
 
@@ -72,6 +74,8 @@ class Pod:
                 if code == 0 and item in self.spec["initContainers"]:
                     break
                 self.codes.append(code)
+                if self.is_job and code == 0:
+                    return
                 time.sleep(1.0)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -88,9 +92,11 @@ class Pod:
         return self.log.read_text()
 
 
-def rendered(tmp_path: Path, **train) -> list[dict]:
+def rendered(tmp_path: Path, kind: str = "StatefulSet", **train) -> list[dict]:
     values = tmp_path / "values.yaml"
-    values.write_text(yaml.safe_dump({"dataset": {"source": "synthetic:200:50"}, "train": SMALL | train}))
+    values.write_text(
+        yaml.safe_dump({"dataset": {"source": "synthetic:200:50"}, "train": SMALL | train, "workload": {"kind": kind}})
+    )
     command = [helm(), "template", "cifar", str(CHART), "-f", "values/two-node.yaml", "-f", str(values), NFS[1]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=CHART.parent, check=True)
     return [item for item in yaml.safe_load_all(done.stdout) if item]
@@ -116,7 +122,9 @@ def epochs(folder: Path) -> int:
 @contextlib.contextmanager
 def cluster(objects, folder):
     pods: list[Pod] = []
-    with two(NAMES) as hosts:
+    (first,) = (word for word in trainer(objects)["containers"][0]["args"] if word.startswith("--master-addr="))
+    name = first.partition("=")[2]
+    with two([name, name.replace("-0.", "-1.", 1)]) as hosts:
         try:
             pods += [Pod(host, ordinal, objects, folder) for ordinal, host in enumerate(hosts)]
             yield hosts, pods
@@ -190,3 +198,12 @@ def test_a_lost_pod_costs_the_other_nothing_and_an_upgrade_converges(tmp_path):
         assert epochs(tmp_path) == summary(tmp_path)["epochs"] > trained
         assert "resuming from" in pods[0].text()
         until(lambda: all("holding until" in pod.text() for pod in pods), 30, pods)
+
+
+def test_a_jobs_pods_end_and_a_pod_made_anew_ends_at_once(tmp_path):
+    objects = rendered(tmp_path, kind="Job")
+    with cluster(objects, tmp_path) as (hosts, pods):
+        until(lambda: [pod.codes for pod in pods] == [[0], [0]], 120, pods)
+        assert (summary(tmp_path)["world_size"], summary(tmp_path)["epochs"]) == (2, 2)
+        pods[1] = Pod(hosts[1], 1, objects, tmp_path)
+        until(lambda: pods[1].codes == [0], 30, pods)

@@ -60,6 +60,7 @@ class Plan:
             "K8SCIFAR_SCRATCH": str(scratch),
             "K8SCIFAR_REASON_FILE": str(scratch / "reason"),
             "K8SCIFAR_SUPERVISOR_PID": str(os.getpid()),
+            "K8SCIFAR_PEER_TIMEOUT": str(self.config.distributed.timeout_seconds),
             # Read by torch 2.13 and newer in place of 30 s; the same as its --shutdown-timeout.
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(self.shutdown_timeout),
         }
