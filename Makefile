@@ -52,6 +52,45 @@ evaluate: $(READY) ## evaluate the trained model of run NAME
 tensorboard: $(READY) ## serve TensorBoard for RUNS_DIR on port 6006
 	@$(BIN)/tensorboard --logdir "$(RUNS_DIR)" --bind_all --port 6006
 
+##@ Chart
+# make install RELEASE=cifar NAMESPACE=default VALUES="values/two-node.yaml" NFS=ADDRESS HELM_ARGS="--set nodes=4 ..."
+RELEASE ?= cifar
+NAMESPACE ?= default
+VALUES ?= values/two-node.yaml
+NFS ?=
+HELM_ARGS ?=
+CHART_FILES = $(BIN)/python trainer/tools/chart_files.py
+FIND_HELM = helm=$$($(BIN)/python trainer/tools/helm.py)
+HELM_OPTIONS = --namespace "$(NAMESPACE)" $(foreach file,$(VALUES),-f $(file)) $(if $(NFS),--set nfs.server=$(NFS)) $(HELM_ARGS)
+
+chart-lint: $(READY) ## lint the chart with Helm 3 and 4, for each file in values/, and look for stale generated files
+	@$(CHART_FILES) schema --check
+	@$(CHART_FILES) docs --check
+	@for major in 3 4; do helm=$$($(BIN)/python trainer/tools/helm.py $$major); \
+	for file in values/*.yaml; do \
+	  layers="-f values/two-node.yaml -f $$file --set nfs.server=192.0.2.1"; \
+	  if grep -q hostPath "$$file"; then layers="-f $$file"; fi; \
+	  "$$helm" lint --strict --quiet chart $$layers && "$$helm" template cifar chart $$layers >/dev/null; \
+	done; echo "Helm $$major: $$(ls values/*.yaml | wc -l) files of values pass"; done
+
+template: $(READY) ## print what VALUES=values/two-node.yaml NFS=ADDRESS would install
+	@$(FIND_HELM); "$$helm" template "$(RELEASE)" chart $(HELM_OPTIONS)
+
+install: $(READY) ## install or upgrade RELEASE=cifar with VALUES=values/two-node.yaml NFS=ADDRESS
+	@$(FIND_HELM); "$$helm" upgrade --install "$(RELEASE)" chart $(HELM_OPTIONS)
+
+uninstall: $(READY) ## uninstall RELEASE=cifar; volumes and checkpoints stay
+	@$(FIND_HELM); "$$helm" uninstall "$(RELEASE)" --namespace "$(NAMESPACE)"
+
+schema: $(READY) ## write the chart's values schema anew, from the trainer's own
+	@$(CHART_FILES) schema
+
+chart-docs: $(READY) ## write the table in chart/README.md anew, from chart/values.yaml
+	@$(CHART_FILES) docs
+
+package: $(READY) ## pack the chart into dist/
+	@$(FIND_HELM); "$$helm" package chart --destination dist
+
 ##@ Development
 test: $(READY) ## run the tests; TESTS=file picks some, ARGS go to pytest
 	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
@@ -64,4 +103,5 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix trainer
 	@$(BIN)/ruff format trainer
 
-.PHONY: help venv clean train evaluate tensorboard test lint format
+.PHONY: help venv clean train evaluate tensorboard test lint format \
+	chart-lint template install uninstall schema chart-docs package

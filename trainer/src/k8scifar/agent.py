@@ -13,9 +13,7 @@ import signal
 import sys
 
 from k8scifar import meeting, processes
-from k8scifar.errors import FAILED, USER_MISTAKE
-
-PREEMPTED = 3  # exit code: a rank was told to stop, saved, and stopped
+from k8scifar.errors import FAILED, PREEMPTED, USER_MISTAKE
 
 
 def main(arguments: list[str]) -> int:
@@ -24,14 +22,13 @@ def main(arguments: list[str]) -> int:
     os.environ["K8SCIFAR_AGENT_PID"] = str(os.getpid())
 
     # The agent's C++ messages repeat what the ranks' say; the ranks themselves keep theirs.
-    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
-    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL" if level == "ERROR" else level
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if level is None:
-        del os.environ["TORCH_CPP_LOG_LEVEL"]
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)  # the ranks' own lines and the supervisor's say what torchrun would repeat
     parsed = torchrun.parse_args(arguments)

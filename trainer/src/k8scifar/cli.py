@@ -17,6 +17,8 @@ COMMANDS = {
     "prepare": ("data.prepare", "add_arguments", "run", "bring a data set into its packed form"),
     "train": ("train", "add_arguments", "run", "train: one rank, under torchrun or alone"),
     "launch": ("launch", "add_arguments", "run", "run torchrun on this machine, supervised"),
+    "preflight": ("preflight", "add_arguments", "run", "check names, volumes and network before training"),
+    "status": ("status", "add_arguments", "run", "say from its run folder what a training is doing"),
     "evaluate": ("evaluate", "add_arguments", "run", "evaluate a trained model on the test pictures"),
     "predict": ("predict", "add_arguments", "run", "classify pictures"),
     "config": ("settings", "add_config_arguments", "run_config", "print the resolved configuration, or its schema"),

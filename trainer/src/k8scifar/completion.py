@@ -9,7 +9,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from k8scifar.config import Config
@@ -34,18 +34,42 @@ def finished(config: Config) -> dict | None:
     return found if isinstance(epochs, int) and epochs >= config.epochs else None
 
 
-def touch(path: str | None) -> None:
-    """Renew the heartbeat file, which a liveness probe reads the age of; a full disk must not end the training."""
-    if path:
-        with contextlib.suppress(OSError):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).touch()
+def leave_message(text: str, environment: Mapping[str, str]) -> None:
+    """Write one line where the kubelet finds a container's termination message, if this is a container of a pod."""
+    named = environment.get("K8SCIFAR_TERMINATION_LOG")
+    path = Path(named or "/dev/termination-log")
+    with contextlib.suppress(OSError):
+        if text and (named or path.exists()):
+            path.write_text(f"{text[:1000]}\n")
 
 
-def hold(heartbeat: str | None, stopped: Callable[[], bool], seconds: float = 10.0) -> None:
+class Heartbeat:
+    """The file whose age a liveness probe reads; the ranks renew it each step, the supervisor while none trains."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = Path(path) if path else None
+        self._mine = 0
+
+    def touch(self) -> None:
+        """Renew it; a full disk must not end the training."""
+        if self.path:
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.touch()
+                self._mine = self.path.stat().st_mtime_ns
+
+    def touch_unless_others(self) -> None:
+        """Renew it unless a rank has done so since: from then on its age is the ranks' alone."""
+        if self.path:
+            with contextlib.suppress(OSError):
+                if self.path.stat().st_mtime_ns == self._mine:
+                    self.touch()
+
+
+def hold(heartbeat: Heartbeat, stopped: Callable[[], bool], seconds: float = 10.0) -> None:
     """Idle until `stopped()`; renews the heartbeat each `seconds`."""
     while not stopped():
-        touch(heartbeat)
+        heartbeat.touch()
         end = time.monotonic() + seconds
         while not stopped() and time.monotonic() < end:
             time.sleep(0.5)

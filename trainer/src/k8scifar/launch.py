@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--shutdown-timeout", type=_count, default=60, metavar="SECONDS", help="time to save after SIGTERM (60)"
     )
+    job.add_argument(
+        "--first-step",
+        type=_count,
+        default=900,
+        metavar="SECONDS",
+        help="time for the first step, heartbeat kept (900)",
+    )
     settings.add_arguments(parser.add_argument_group("training"))
 
 
@@ -71,6 +78,7 @@ def plan(args: argparse.Namespace, environment: os._Environ[str] | dict[str, str
         when_done=args.when_done,
         wait=args.wait,
         shutdown_timeout=args.shutdown_timeout,
+        first_step=args.first_step,
         environment=dict(environment),
     )
 

@@ -18,7 +18,7 @@ import time
 from k8scifar.errors import FAILED
 
 AGAIN = "k8scifar/again"
-ANSWER = datetime.timedelta(seconds=30)  # the longest wait for node 0's store; its machine is lost beyond that
+PATIENCE = 30.0  # seconds beyond the process-group time-out, so that the ranks, which can name a silent one, are first
 GRACE = 5.0  # seconds between losing the store and giving up: at the end of training it just closes first
 
 
@@ -45,8 +45,9 @@ def connect(address: str, port: int):
     """A client of node 0's store, which does not count as one of the nodes. Raises OSError or RuntimeError."""
     from torch.distributed import TCPStore
 
+    answer = float(os.environ.get("K8SCIFAR_PEER_TIMEOUT", "60")) + PATIENCE
     socket.create_connection((address, port), timeout=2).close()  # torch's own retries are seconds apart
-    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=ANSWER)
+    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=answer))
 
 
 def watch(address: str, port: int, store=None) -> None:

@@ -33,6 +33,8 @@ class Plan:
     """Mean seconds between two attempts; the actual pause is between half and one and a half of it."""
     shutdown_timeout: int = 60
     """Seconds that the ranks get to save after SIGTERM."""
+    first_step: float = 900.0
+    """Seconds that the ranks get for their first step, after which a missing heartbeat is theirs."""
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def command(self, port: int) -> list[str]:
@@ -58,9 +60,12 @@ class Plan:
             "K8SCIFAR_SCRATCH": str(scratch),
             "K8SCIFAR_REASON_FILE": str(scratch / "reason"),
             "K8SCIFAR_SUPERVISOR_PID": str(os.getpid()),
+            "K8SCIFAR_PEER_TIMEOUT": str(self.config.distributed.timeout_seconds),
             # Read by torch 2.13 and newer in place of 30 s; the same as its --shutdown-timeout.
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(self.shutdown_timeout),
         }
+        if "TORCH_CPP_LOG_LEVEL" not in self.environment:
+            ours["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # its warnings are of peers' names that have no reverse lookup
         if self.config.distributed.interface:
             ours |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.config.distributed.interface)
         return self.environment | ours

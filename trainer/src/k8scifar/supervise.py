@@ -6,7 +6,6 @@ process: in a pod the container goes on, so that the kubelet's crash back-off ha
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
 import signal
@@ -15,9 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from k8scifar import completion, network, processes
-from k8scifar.agent import PREEMPTED
-from k8scifar.errors import FAILED, USER_MISTAKE
+from k8scifar import completion, journal, network, processes
+from k8scifar.errors import FAILED, PREEMPTED, USER_MISTAKE
 from k8scifar.node import Plan
 
 POLL = 0.1  # seconds between two looks at the child
@@ -36,8 +34,7 @@ class Supervisor:
         self.plan = plan
         self.signals = 0
         self.reason = ""
-        self.heartbeat = plan.environment.get("K8SCIFAR_HEARTBEAT")
-        self.termination_log = Path(plan.environment.get("K8SCIFAR_TERMINATION_LOG", "/dev/termination-log"))
+        self.heartbeat = completion.Heartbeat(plan.environment.get("K8SCIFAR_HEARTBEAT"))
         self._next: dict[str, float] = {}
 
     def run(self) -> int:
@@ -55,13 +52,15 @@ class Supervisor:
             if self.signals:
                 break
             attempts += 1
-            code = self._attempt()
+            self._journal("waiting", attempts)
+            code = self._attempt(attempts)
             if self.signals:
                 return self._stopped(code)
             if code == 0:
                 return self._after_done()
             if code == USER_MISTAKE or not self.plan.restart:
                 return self._end(code)
+            self._journal("failed", attempts)
             pause = self.plan.pause * random.uniform(0.5, 1.5)
             self._note(self.reason)
             say(f"attempt {attempts} ended ({self.reason or 'a peer was lost'}); the next starts in {pause:.1f} s")
@@ -91,7 +90,7 @@ class Supervisor:
         """Wait at most `plan.wait` seconds; False, and `otherwise` as the reason, if it did not come."""
         start = time.monotonic()
         while not self.signals:
-            completion.touch(self.heartbeat)
+            self.heartbeat.touch()
             if ready():
                 return True
             waited = time.monotonic() - start
@@ -105,7 +104,7 @@ class Supervisor:
 
     # One attempt
 
-    def _attempt(self) -> int:
+    def _attempt(self, number: int = 0) -> int:
         """One run of torchrun. No process of it is left afterwards."""
         self.reason = ""
         scratch = Path(tempfile.mkdtemp(prefix="k8scifar-"))
@@ -113,41 +112,44 @@ class Supervisor:
             self.plan.command(self.plan.master_port or network.free_port()), self.plan.child_environment(scratch)
         )
         try:
-            self._watch(child, scratch)
+            self._watch(child, scratch, number)
         finally:
             child.kill_tree()
             code = self._judge(child.code, scratch)
             shutil.rmtree(scratch, ignore_errors=True)
         return code
 
-    def _watch(self, child: processes.Child, scratch: Path) -> None:
+    def _watch(self, child: processes.Child, scratch: Path, number: int = 0) -> None:
         """Return when torchrun has ended, or should be ended by force."""
-        started_at, deadline, told = time.monotonic(), None, 0
+        begun = started_at = time.monotonic()
+        deadline, told = None, 0
         self._next.clear()
+        self.heartbeat.touch()
         while child.poll() is None:
             now = time.monotonic()
             if self.signals > told:
                 told = self.signals
                 child.signal(signal.SIGTERM)
                 deadline = now + (self.plan.shutdown_timeout + LINGER if told == 1 else 0.0)
-            elif not self.signals and deadline is None and self._over(scratch):
-                deadline = now + LINGER
+            elif not self.signals and deadline is None and (codes := self._exit_codes(scratch)):
+                if any(codes) or (len(codes) == self.plan.nproc_per_node and self.plan.node_rank == 0):
+                    deadline = now + LINGER
+                elif len(codes) == self.plan.nproc_per_node:
+                    deadline = now + self.plan.wait  # torchrun waits here until node 0 has written the last files
             if deadline is not None and now >= deadline:
                 return
             joined = any(scratch.glob("started.*"))
-            if not joined and self._due("joining", 5):
-                completion.touch(self.heartbeat)
-                if self.plan.nnodes > 1 and self._is_finished():
-                    return
-            if not joined and now - started_at > 20 and self._due("waiting", 30):
+            started_at = started_at if joined else now
+            if joined and self._due("joined", 86400 * 365):
+                self._journal("training", number)
+            if now - started_at < self.plan.first_step and self._due("heartbeat", 5):
+                self.heartbeat.touch_unless_others()
+            if not joined and self.plan.nnodes > 1 and self._due("finished", 5) and self._is_finished():
+                return
+            if not joined and now - begun > 20 and self._due("waiting", 30):
                 where = f"{self.plan.master_addr}:{self.plan.master_port}"
-                say(f"waiting for all {self.plan.nnodes} nodes to meet at {where} ({now - started_at:.0f} s)")
+                say(f"waiting for all {self.plan.nnodes} nodes to meet at {where} ({now - begun:.0f} s)")
             time.sleep(POLL)
-
-    def _over(self, scratch: Path) -> bool:
-        """Whether one local rank has failed, or all have ended."""
-        codes = self._exit_codes(scratch)
-        return any(codes) or len(codes) == self.plan.nproc_per_node
 
     @staticmethod
     def _exit_codes(scratch: Path) -> list[int]:
@@ -177,11 +179,11 @@ class Supervisor:
         """Whether rank 0's marker is there too; without it rank 0 will need this node again."""
         if self.plan.node_rank == 0 or not self.plan.config.run_dir.is_dir():
             return True  # rank 0 has written it, or the run folder is on another machine
-        end = time.monotonic() + 60
+        end = time.monotonic() + 10  # a file shows late on another NFS client
         while not self.signals and time.monotonic() < end:
             if completion.finished(self.plan.config):
                 return True
-            completion.touch(self.heartbeat)
+            self.heartbeat.touch()
             self._sleep(1.0)
         self.reason = f"this node's ranks are done, but rank 0 has left no {completion.MARKER}"
         return bool(self.signals)
@@ -193,6 +195,7 @@ class Supervisor:
 
     def _after_done(self) -> int:
         self._note("done")
+        self._journal("done")
         if self.plan.when_done == "exit":
             return 0
         if self.plan.when_done == "scale-down" and self.plan.node_rank == 0:
@@ -210,20 +213,23 @@ class Supervisor:
     def _stopped(self, code: int) -> int:
         if code in (0, PREEMPTED):
             # In a Job an exit code of 0 would count as completed.
-            return self._end(PREEMPTED) if self.plan.when_done == "exit" else 0
+            code = self._end(PREEMPTED)
+            return code if self.plan.when_done == "exit" else 0
         self.reason = self.reason or "stopped before the ranks could save; training resumes from the last checkpoint"
         say(self.reason)
         return self._end(code)
 
     def _end(self, code: int) -> int:
         self._note(self.reason)
+        self._journal("stopped" if code == PREEMPTED else "failed")
         return code
 
+    def _journal(self, state: str, attempt: int = 0) -> None:
+        if self.plan.restart:  # somebody else will ask
+            journal.write(self.plan.config.run_dir, self.plan.node_rank, state, self.reason, attempt)
+
     def _note(self, text: str) -> None:
-        """Leave the reason where the kubelet takes a container's termination message from."""
-        with contextlib.suppress(OSError):
-            if text and self.termination_log.parent.is_dir():
-                self.termination_log.write_text(f"{text[:1000]}\n")
+        completion.leave_message(text, self.plan.environment)
 
     def _on_signal(self, *_: object) -> None:
         self.signals += 1

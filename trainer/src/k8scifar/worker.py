@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from k8scifar import processes
-from k8scifar.agent import PREEMPTED
+from k8scifar.errors import PREEMPTED
 
 
 def main(arguments: list[str]) -> int:

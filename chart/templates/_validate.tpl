@@ -1,0 +1,75 @@
+{{- /* What a schema can't say: values that do not go together. Each refusal says what to do. */ -}}
+{{- define "k8scifar.validate" -}}
+{{- $values := .Values -}}
+{{- $common := list -}}
+{{- range $key := list "dataset" "checkpoints" -}}
+{{- $source := include "k8scifar.source" (dict "root" $ "key" $key) -}}
+{{- $volume := index $values $key -}}
+{{- if eq $source "commonNfs" -}}
+  {{- $common = append $common $key -}}
+  {{- if not $values.nfs.server -}}
+  {{- fail (printf "\n\n%s has no volume: set nfs.server to your NFS server's address (--set nfs.server=192.168.1.10), or set one of %s.storageClassName, %s.existingClaim, %s.hostPath\n" $key $key $key $key) -}}
+  {{- end -}}
+  {{- if not $values.nfs.path -}}
+  {{- fail "\n\nnfs.server is set but nfs.path is not: set nfs.path to the exported folder\n" -}}
+  {{- end -}}
+{{- else if and (eq $source "nfs") (not $volume.nfs.path) -}}
+  {{- fail (printf "\n\n%s.nfs.server is set but %s.nfs.path is not: set it to the exported folder\n" $key $key) -}}
+{{- end -}}
+{{- if and (eq $volume.accessMode "ReadWriteOnce") (gt (int $values.nodes) 1) (eq $values.podAntiAffinity.mode "required") -}}
+  {{- fail (printf "\n\n%s.accessMode is ReadWriteOnce, which one machine at a time can mount, but nodes is %d: use ReadWriteMany, or set podAntiAffinity.mode=none to train on one machine\n" $key (int $values.nodes)) -}}
+{{- end -}}
+{{- if regexMatch "(^|/)\\.\\.(/|$)" $volume.folder -}}
+  {{- fail (printf "\n\n%s.folder %q must not lead out of the volume: remove the ..\n" $key $volume.folder) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $values.nfs.server (not $common) -}}
+{{- fail "\n\nnfs.server is set, but dataset and checkpoints both name a volume of their own: remove nfs.server, or one of theirs\n" -}}
+{{- end -}}
+{{- if and (eq (include "k8scifar.claim" (dict "root" . "key" "dataset")) (include "k8scifar.claim" (dict "root" . "key" "checkpoints"))) (eq $values.dataset.folder $values.checkpoints.folder) -}}
+{{- fail "\n\ndataset.existingClaim and checkpoints.existingClaim are one volume: give dataset.folder and checkpoints.folder different names\n" -}}
+{{- end -}}
+{{- if and $values.gpu.enabled (not $values.gpu.resourceName) -}}
+{{- fail (printf "\n\ngpu.enabled with %d GPU(s) a pod, but gpu.resourceName is empty: set it to what the device plugin offers, such as nvidia.com/gpu\n" (int $values.gpu.perNode)) -}}
+{{- end -}}
+{{- if and $values.gpu.enabled (eq (dig "hardware" "device" "auto" $values.train) "cpu") -}}
+{{- fail "\n\ngpu.enabled asks for GPUs, but train.hardware.device is cpu: set one of them otherwise\n" -}}
+{{- end -}}
+{{- $ranks := mul (int $values.nodes) (int (include "k8scifar.processes" .)) -}}
+{{- $recipes := .Files.Get "files/recipes.yaml" | fromYaml -}}
+{{- $recipe := index $recipes (default "demo" $values.train.recipe) | default dict -}}
+{{- $global := int (default $recipe.global_batch $values.train.global_batch) -}}
+{{- $micro := int (default $recipe.micro_batch $values.train.micro_batch) -}}
+{{- if and $global $micro -}}
+{{- if mod $global $micro -}}
+{{- fail (printf "\n\ntrain.global_batch %d is not a multiple of train.micro_batch %d: change one of them\n" $global $micro) -}}
+{{- end -}}
+{{- if mod (div $global $micro) $ranks -}}
+{{- $fix := printf "choose a train.global_batch that %d divides" $ranks -}}
+{{- if not (mod $global $ranks) -}}
+{{- $fix = printf "set train.micro_batch to %d, or a divisor of it" (div $global $ranks) -}}
+{{- end -}}
+{{- fail (printf "\n\ntrain.global_batch %d is %d micro-batches of %d, which %d ranks (nodes x processes) can't share equally: %s\n" $global (div $global $micro) $micro $ranks $fix) -}}
+{{- end -}}
+{{- end -}}
+{{- with $values.workload -}}
+{{- if lt (int .terminationGracePeriodSeconds) (add (int .shutdownTimeoutSeconds) 10 | int) -}}
+{{- fail (printf "\n\nworkload.terminationGracePeriodSeconds %d must be at least workload.shutdownTimeoutSeconds %d + 10, or the kubelet kills a pod that is saving\n" (int .terminationGracePeriodSeconds) (int .shutdownTimeoutSeconds)) -}}
+{{- end -}}
+{{- if and (eq .kind "Job") (eq $values.completion.policy "scaleDown") -}}
+{{- fail "\n\ncompletion.policy=scaleDown is for a StatefulSet: a Job's pods complete by themselves; set it to hold\n" -}}
+{{- end -}}
+{{- end -}}
+{{- $timeout := dig "distributed" "timeout_seconds" 60 $values.train | float64 -}}
+{{- if le (float64 $values.probes.livenessSeconds) $timeout -}}
+{{- fail (printf "\n\nprobes.livenessSeconds %d must be more than train.distributed.timeout_seconds %g: the ranks themselves should notice a lost peer first\n" (int $values.probes.livenessSeconds) $timeout) -}}
+{{- end -}}
+{{- with $values.tensorboard -}}
+{{- if and .ingress.enabled (not .ingress.host) -}}
+{{- fail "\n\ntensorboard.ingress.enabled needs tensorboard.ingress.host\n" -}}
+{{- end -}}
+{{- if and .ingress.enabled (not .enabled) -}}
+{{- fail "\n\ntensorboard.ingress.enabled, but tensorboard.enabled is false: set it to true\n" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

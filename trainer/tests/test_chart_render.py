@@ -1,0 +1,260 @@
+"""What the chart renders, with real Helm: one test for each promise."""
+
+import json
+
+import kubernetes_validate
+import pytest
+import yaml
+from chart_helpers import CHART, FILES, NFS, container, layers, one, refused, render, run, trainer
+
+pytestmark = pytest.mark.helm
+MINORS = [f"1.{minor}" for minor in range(27, 38)]
+COMBINATIONS = [
+    (*NFS, "--set=nodes=1"),
+    (*NFS, "--set=nodes=4,train.global_batch=500,train.micro_batch=125,podAntiAffinity.mode=preferred"),
+    (*NFS, "--set=completion.policy=scaleDown,gpu.enabled=true,gpu.perNode=1,runtimeClassName=nvidia"),
+    (*NFS, "--set=workload.kind=Job,job.ttlSecondsAfterFinished=0,job.activeDeadlineSeconds=60,nodes=1"),
+    (*NFS, "--set=tensorboard.enabled=false,networkPolicy.enabled=false,preflight.enabled=false,keepVolumes=false"),
+    (*NFS, "--set=tensorboard.ingress.enabled=true,tensorboard.ingress.host=a.example,tensorboard.ingress.tlsSecret=s"),
+    (
+        "--set=dataset.existingClaim=a,checkpoints.storageClassName=fast,user.fsGroup=0,user.supplementalGroups={7,8}",
+        "--set=podAnnotations.a=b,podLabels.c=d,schedulerName=volcano,priorityClassName=high,nodeSelector.x=y",
+        "--set=networkPolicy.tensorboardFrom[0].ipBlock.cidr=10.0.0.0/8,extraEnv[0].name=A,extraEnv[0].value=b",
+        "--set=extraVolumes[0].name=v,extraVolumes[0].emptyDir.medium=Memory,extraVolumeMounts[0].name=v",
+        "--set=extraVolumeMounts[0].mountPath=/v,imagePullSecrets[0].name=p,tolerations[0].operator=Exists",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def two_node():
+    return render(*NFS)
+
+
+@pytest.mark.parametrize("major", [3, 4])
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_of_values_lints_and_renders_alike_in_both_helms(name, major):
+    done = run("--strict", *layers(name), major=major, verb="lint")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert render(*layers(name), major=major) == render(*layers(name), major=7 - major)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_of_values_begins_with_three_lines_of_advice(name):
+    from chart_helpers import VALUES
+
+    lines = (VALUES / name).read_text().splitlines()
+    assert all(line.startswith("# ") for line in lines[:3])
+    assert not lines[3].startswith("#")
+    assert f"-f values/{name}" in lines[2]
+
+
+def test_every_object_fits_every_supported_kubernetes():
+    distinct = {}
+    for options in [*map(layers, FILES), *COMBINATIONS]:
+        for item in render(*options):
+            distinct[json.dumps(item, sort_keys=True)] = item
+    assert len(distinct) > 40
+    for minor in MINORS:
+        for item in distinct.values():
+            kubernetes_validate.validate(item, minor, strict=True)
+
+
+def test_a_kubernetes_older_than_stated_is_refused():
+    oldest = yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"]
+    assert oldest == f">={MINORS[0]}.0-0"
+    assert "1.26" in refused(*NFS, "--kube-version=1.26.15")
+    assert render(*NFS, "--kube-version=1.27.0") == render(*NFS, "--kube-version=1.37.1")
+
+
+def test_headless_service_names_pods_before_they_are_ready(two_node):
+    spec = one(two_node, "Service", "cifar")["spec"]
+    assert spec["clusterIP"] == "None"
+    assert spec["publishNotReadyAddresses"] is True
+    assert [(port["name"], port["port"]) for port in spec["ports"]] == [("rendezvous", 29500)]
+    labels = one(two_node, "StatefulSet")["spec"]["template"]["metadata"]["labels"]
+    assert spec["selector"].items() <= labels.items()
+
+
+def test_statefulset_starts_all_pods_at_once_on_different_machines(two_node):
+    spec = one(two_node, "StatefulSet")["spec"]
+    assert (spec["replicas"], spec["podManagementPolicy"], spec["serviceName"]) == (2, "Parallel", "cifar")
+    (term,) = trainer(two_node)["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["topologyKey"] == "kubernetes.io/hostname"
+    assert term["labelSelector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+
+
+def test_anti_affinity_adds_to_the_users_own():
+    term = '{"podAntiAffinity":{"requiredDuringSchedulingIgnoredDuringExecution":[{"topologyKey":"zone"}]}}'
+    own = f"--set-json=affinity={term}"
+    rules = trainer(render(*NFS, own))["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert [rule["topologyKey"] for rule in rules] == ["zone", "kubernetes.io/hostname"]
+    preferred = trainer(render(*NFS, "--set=podAntiAffinity.mode=preferred"))["affinity"]["podAntiAffinity"]
+    assert list(preferred) == ["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert "affinity" not in trainer(render(*NFS, "--set=podAntiAffinity.mode=none"))
+
+
+def test_static_rendezvous_at_pod_0(two_node):
+    arguments = container(trainer(two_node))["args"]
+    assert arguments[0] == "launch"
+    assert {
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--master-addr=cifar-0.cifar.default.svc.cluster.local",
+        "--master-port=29500",
+        "--restart=always",
+        "--when-done=hold",
+    } <= set(arguments)
+
+
+def test_processes_follow_the_gpus():
+    pod = trainer(render(*NFS, "gpu.yaml", "--set=gpu.perNode=2,train.global_batch=500,train.micro_batch=125"))
+    assert "--nproc-per-node=2" in container(pod)["args"]
+    assert container(pod)["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert pod["runtimeClassName"] == "nvidia"
+    assert "device: cuda" in one(render(*NFS, "gpu.yaml"), "ConfigMap")["data"]["train.yaml"]
+    assert "nvidia.com/gpu" not in container(trainer(render(*NFS)))["resources"]["limits"]
+
+
+def test_configuration_is_immutable_and_named_after_its_content():
+    before, after = render(*NFS), render(*NFS, "--set=train.optimizer.lr=0.1")
+    names = [one(objects, "ConfigMap")["metadata"]["name"] for objects in (before, after)]
+    assert names[0] != names[1]
+    assert one(before, "ConfigMap")["immutable"] is True
+    for objects, name in zip((before, after), names, strict=True):
+        (volume,) = (volume for volume in trainer(objects)["volumes"] if volume["name"] == "config")
+        assert volume["configMap"]["name"] == name
+    assert one(render(*NFS, "--set=nodes=1"), "ConfigMap")["metadata"]["name"] == names[0]
+
+
+def test_the_trainer_accepts_its_configuration(tmp_path):
+    from k8scifar import settings
+
+    text = one(render(*NFS, "--set=train.epochs=7"), "ConfigMap")["data"]["train.yaml"]
+    path = tmp_path / "train.yaml"
+    path.write_text(text)
+    config = settings.load(path)
+    assert (config.epochs, config.name, config.recipe, config.checkpoint.accept_changes) == (7, "cifar", "demo", True)
+
+
+def test_one_pod_prepares_the_others_wait(two_node):
+    import subprocess
+
+    command = container(trainer(two_node), "prepare")["command"]
+    script = command[2].replace("exec k8scifar", "echo")
+    for environment, expected in (
+        ({"POD_NAME": "cifar-0"}, "--source=auto"),
+        ({"POD_NAME": "cifar-1"}, "--wait=1800"),
+        ({"POD_NAME": "cifar-0"} | {"JOB_COMPLETION_INDEX": "10"}, "--wait=1800"),
+        ({"POD_NAME": "cifar-abc-1-x7f0"} | {"JOB_COMPLETION_INDEX": "0"}, "--source=auto"),
+        ({"POD_NAME": "cifar-10"}, "--wait=1800"),
+    ):
+        done = subprocess.run(["sh", "-c", script, *command[3:]], env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == ["prepare", "--data-dir=/volumes/dataset/data", expected]
+
+
+def test_scratch_and_shared_memory(two_node):
+    volumes = {volume["name"]: volume for volume in trainer(two_node)["volumes"]}
+    assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
+    assert "sizeLimit" in volumes["tmp"]["emptyDir"]
+    mounts = {mount["name"]: mount for mount in container(trainer(two_node))["volumeMounts"]}
+    assert (mounts["shm"]["mountPath"], mounts["tmp"]["mountPath"]) == ("/dev/shm", "/tmp")
+    assert mounts["dataset"]["readOnly"] is True
+
+
+def test_no_probe_starts_python(two_node):
+    for probe in ("startupProbe", "livenessProbe"):
+        command = " ".join(container(trainer(two_node))[probe]["exec"]["command"])
+        assert "python" not in command and "k8scifar" not in command
+    assert "readinessProbe" not in container(trainer(two_node))  # a rolling upgrade waits for readiness, not for peers
+
+
+def test_the_liveness_probe_works(two_node, tmp_path):
+    import os
+    import subprocess
+    import time
+
+    command = container(trainer(two_node))["livenessProbe"]["exec"]["command"]
+    beat = tmp_path / "heartbeat"
+    here = [part.replace("/tmp/heartbeat", str(beat)) for part in command]
+    assert subprocess.run(here, capture_output=True).returncode != 0
+    beat.touch()
+    assert subprocess.run(here).returncode == 0
+    os.utime(beat, (time.time() - 601, time.time() - 601))
+    assert subprocess.run(here).returncode != 0
+
+
+def test_tensorboard_reads_only(two_node):
+    pod = one(two_node, "Deployment")["spec"]["template"]["spec"]
+    (board,) = pod["containers"]
+    mounts = {mount["name"]: mount for mount in board["volumeMounts"]}
+    assert mounts["checkpoints"]["readOnly"] is True
+    assert "--logdir=/volumes/checkpoints/runs" in board["args"]
+    assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(board)
+    assert one(two_node, "Service", "cifar-tensorboard")["spec"]["type"] == "ClusterIP"
+    names = {item["metadata"]["name"] for item in render(*NFS, "--set=tensorboard.enabled=false")}
+    assert "cifar-tensorboard" not in names
+    ingress = one(render(*COMBINATIONS[5]), "Ingress")["spec"]
+    assert ingress["rules"][0]["host"] == "a.example" and ingress["tls"][0]["secretName"] == "s"
+
+
+def test_only_peers_reach_the_training_pods(two_node):
+    policy = one(two_node, "NetworkPolicy", "cifar")["spec"]
+    pod = one(two_node, "StatefulSet")["spec"]["template"]["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"].items() <= pod.items()
+    assert policy["policyTypes"] == ["Ingress"]
+    assert policy["ingress"] == [{"from": [{"podSelector": policy["podSelector"]}]}]
+    board = one(two_node, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert not policy["podSelector"]["matchLabels"].items() <= board.items()
+    assert not one(two_node, "Service", "cifar-tensorboard")["spec"]["selector"].items() <= pod.items()
+    assert one(two_node, "NetworkPolicy", "cifar-tensorboard")["spec"]["ingress"] == [{"ports": [{"port": "http"}]}]
+    limited = render(*NFS, "--set=networkPolicy.tensorboardFrom[0].ipBlock.cidr=10.0.0.0/8")
+    (rule,) = one(limited, "NetworkPolicy", "cifar-tensorboard")["spec"]["ingress"]
+    assert rule["from"] == [{"ipBlock": {"cidr": "10.0.0.0/8"}}]
+
+
+def test_scale_down_may_change_one_scale_and_nothing_else(two_node):
+    objects = render(*NFS, "--set=completion.policy=scaleDown")
+    assert one(objects, "Role")["rules"] == [
+        {"apiGroups": ["apps"], "resources": ["statefulsets/scale"], "resourceNames": ["cifar"], "verbs": ["patch"]}
+    ]
+    pod = trainer(objects)
+    assert pod["automountServiceAccountToken"] is True
+    assert pod["serviceAccountName"] == one(objects, "ServiceAccount")["metadata"]["name"]
+    assert one(objects, "RoleBinding")["subjects"][0]["name"] == pod["serviceAccountName"]
+    assert "--when-done=scale-down" in container(pod)["args"]
+    assert {"name": "K8SCIFAR_STATEFULSET", "value": "cifar"} in container(pod)["env"]
+    assert not [item for item in two_node if item["kind"] in ("Role", "RoleBinding", "ServiceAccount")]
+
+
+def test_labels_are_the_recommended_ones(two_node):
+    for item in two_node:
+        labels = item["metadata"]["labels"]
+        for key in ("name", "instance", "version", "component", "managed-by", "part-of"):
+            assert labels[f"app.kubernetes.io/{key}"]
+        assert item["kind"] in ("PersistentVolume",) or item["metadata"]["namespace"] == "default"
+
+
+def test_a_new_chart_version_alone_does_not_restart_a_training(two_node):
+    assert not any(
+        "helm.sh/chart" in key for key in one(two_node, "StatefulSet")["spec"]["template"]["metadata"]["labels"]
+    )
+
+
+def test_the_queue_example():
+    job = one(render(*layers("kueue.yaml")), "Job")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "training"
+
+
+def test_grace_exceeds_shutdown_exceeds_nothing(two_node):
+    pod = trainer(two_node)
+    (shutdown,) = (word for word in container(pod)["args"] if word.startswith("--shutdown-timeout="))
+    assert pod["terminationGracePeriodSeconds"] > int(shutdown.partition("=")[2]) + 5
+
+
+def test_helm_test_reads_the_run_folder(two_node):
+    pod = one(two_node, "Pod", "cifar-status")
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    (status,) = pod["spec"]["containers"]
+    assert status["args"] == ["status", "/volumes/checkpoints/runs/cifar", "--wait=180"]
+    assert next(mount for mount in status["volumeMounts"] if mount["name"] == "checkpoints")["readOnly"] is True

@@ -1,0 +1,194 @@
+"""Writes the chart's generated files: `values.schema.json`, `files/recipes.yaml` and the table in its README.
+
+    python trainer/tools/chart_files.py schema|docs [--check]
+
+With `--check` nothing is written, and the exit code is 1 where a file is not what it would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from chart_values import Values
+
+from k8scifar import settings
+from k8scifar.config import Config
+
+CHART = Path(__file__).resolve().parents[2] / "chart"
+# Keys of the trainer that the chart sets itself.
+TAKEN = ("data", "runs_dir", "distributed.world_size")
+# Keys of a recipe that the templates check against the number of ranks.
+NEEDED = ("epochs", "global_batch", "micro_batch")
+
+
+def comments(text: str) -> dict[str, str]:
+    """Comment of each key of a YAML text, `a.b` -> words; the lines right above the key."""
+    found: dict[str, str] = {}
+    path: list[tuple[int, str]] = []
+    lines: list[str] = []
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if line.strip().startswith("#"):
+            lines.append(line.strip().lstrip("# ").rstrip())
+        elif match := re.match(r"^ *([A-Za-z_]\w*):", line):
+            path = [*((depth, key) for depth, key in path if depth < indent), (indent, match[1])]
+            if lines:
+                found[".".join(key for _, key in path)] = " ".join(lines)
+            lines = []
+        else:
+            lines = []
+    return found
+
+
+def schema() -> dict[str, Any]:
+    """The closed JSON schema (draft 7, which every Helm reads) of the chart's values."""
+    values = _inline(Values.model_json_schema())
+    values["properties"]["train"] = _train_schema()
+    described = comments((CHART / "values.yaml").read_text())
+    _describe(values, described)
+    return {"$schema": "http://json-schema.org/draft-07/schema#"} | _bare(values) | {"title": "Values of the chart"}
+
+
+def _train_schema() -> dict[str, Any]:
+    train = _inline(Config.model_json_schema())
+    for path in TAKEN:
+        *parents, last = path.split(".")
+        section = train
+        for parent in parents:
+            section = section["properties"][parent]
+        del section["properties"][last]
+    return _accept_numbers_as_text(train)
+
+
+def _accept_numbers_as_text(node: Any) -> Any:
+    """Let a fraction be text too: Helm makes text of `--set a=0.1`, and the trainer reads it as a number."""
+    if isinstance(node, list):
+        return [_accept_numbers_as_text(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") == "number":
+        limits = {key: node[key] for key in node if key not in ("description", "title", "default")}
+        text = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"}
+        return {key: node[key] for key in node if key not in limits} | {"anyOf": [limits, text]}
+    return {key: _accept_numbers_as_text(value) for key, value in node.items()}
+
+
+def _inline(whole: dict[str, Any]) -> dict[str, Any]:
+    """The schema without references: Helm 3 and 4 resolve those in different ways."""
+    definitions = whole.get("$defs", {})
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, list):
+            return [walk(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            rest = {key: value for key, value in node.items() if key != "$ref"}
+            return walk(definitions[node["$ref"].rpartition("/")[2]] | rest)
+        return {key: walk(value) for key, value in node.items() if key != "$defs"}
+
+    return walk(whole)
+
+
+def _describe(node: dict[str, Any], described: dict[str, str], path: str = "") -> None:
+    for key, child in node.get("properties", {}).items():
+        full = f"{path}{key}"
+        if full in described:
+            child["description"] = described[full]
+        _describe(child, described, f"{full}.")
+
+
+def _bare(node: Any, is_properties: bool = False) -> Any:
+    """Without the titles that pydantic makes up, and without what a partial file of values need not have."""
+    if isinstance(node, list):
+        return [_bare(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    drop = () if is_properties else ("title", "required", "default")
+    kept = {key: value for key, value in node.items() if key not in drop}
+    bare = {key: _bare(value, is_properties=key == "properties" and not is_properties) for key, value in kept.items()}
+    # The items of a list are whole objects, so that there a name is still required.
+    if not is_properties and isinstance(node.get("items"), dict) and node["items"].get("required"):
+        bare["items"]["required"] = node["items"]["required"]
+    return bare
+
+
+def recipes() -> str:
+    """What the templates must know of each recipe, as YAML."""
+    table = {
+        name: {key: settings.load(None, (), name).model_dump()[key] for key in NEEDED}
+        for name in settings.recipe_names()
+    }
+    return "# Generated by `make schema` from the trainer's recipes.\n" + yaml.safe_dump(table, sort_keys=False)
+
+
+def table() -> str:
+    """The README's table: every value, its default and its comment."""
+    text = (CHART / "values.yaml").read_text()
+    described = comments(text)
+    rows = ["| Value | Default | Meaning |", "|---|---|---|"]
+
+    def walk(node: dict[str, Any], path: str = "") -> None:
+        for key, value in node.items():
+            full = f"{path}{key}"
+            whole = full in ("resources", "initResources", "tensorboard.resources")
+            if isinstance(value, dict) and value and not whole:
+                walk(value, f"{full}.")
+            else:
+                meaning = described.get(full, "").replace("|", "\\|")
+                rows.append(f"| `{full}` | `{json.dumps(value)}` | {meaning} |")
+
+    walk(yaml.safe_load(text))
+    return "\n".join(rows)
+
+
+def readme() -> str:
+    """The chart's README with its table renewed."""
+    path = CHART / "README.md"
+    begin, end = "<!-- values: generated by `make chart-docs` -->", "<!-- end of values -->"
+    before, found, rest = path.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"error: {path} has lost the markers {begin} and {end}")
+    return f"{before}{begin}\n{table()}\n{end}{after}"
+
+
+def outputs(what: str) -> dict[Path, str]:
+    """Each generated file and what it should hold."""
+    if what == "docs":
+        return {CHART / "README.md": readme()}
+    return {
+        CHART / "values.schema.json": json.dumps(schema(), indent=1) + "\n",
+        CHART / "files" / "recipes.yaml": recipes(),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("schema", "docs"))
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(arguments)
+    stale = 0
+    for path, text in outputs(args.what).items():
+        if path.exists() and path.read_text() == text:
+            continue
+        if args.check:
+            print(f"error: {path} is stale; run `make schema chart-docs`", file=sys.stderr)
+            stale = 1
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            print(f"wrote {path}")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
