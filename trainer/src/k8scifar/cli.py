@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import k8scifar
-from k8scifar.errors import FAILED, USER_MISTAKE, RankError, TrainingError, UserError
+from k8scifar.errors import FAILED, USER_MISTAKE, TrainingError, UserError
 
 # command -> (module, function that adds its options, function that runs it, help)
 COMMANDS = {
@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         return getattr(module, run)(args) if module else 0
     except UserError as error:
-        _tell(str(error), everyone=isinstance(error, RankError))
+        _tell(error)
         return USER_MISTAKE
     except TrainingError as error:
-        _tell(str(error), everyone=True)
+        _tell(error)
         return FAILED
     except KeyboardInterrupt:
         return 130
@@ -56,10 +56,10 @@ def _parser(chosen: str) -> tuple[argparse.ArgumentParser, object | None, str]:
     return parser, module, run
 
 
-def _tell(message: str, everyone: bool) -> None:
+def _tell(error: UserError | TrainingError) -> None:
     """Say why we end: on stderr, once a machine unless it is this rank's own, and to the supervisor."""
-    line = " ".join(message.split())
-    if everyone or os.environ.get("LOCAL_RANK", "0") == "0":
+    line = " ".join(str(error).split())
+    if not error.shared or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"k8scifar: error: {line}", file=sys.stderr, flush=True)
         reason = os.environ.get("K8SCIFAR_REASON_FILE")
         if reason:

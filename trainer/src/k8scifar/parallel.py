@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from k8scifar.config import Config, check_world_size
-from k8scifar.errors import RankError, TrainingError, UserError
+from k8scifar.errors import PeersDiffer, RankError, TrainingError, UserError
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def check_size(config: Config, size: int) -> None:
 
 
 def meet(world: World, facts: dict[str, Any]) -> None:
-    """Raise UserError on every rank, saying what differs, unless all ranks hold equal `facts`."""
+    """Raise PeersDiffer on every rank, saying what differs, unless all ranks hold equal `facts`."""
     mine = {"host": socket.gethostname(), "facts": facts}
     everyone: list[Any] = [None] * world.size
     dist.all_gather_object(everyone, mine, group=world.host_group)
@@ -93,7 +93,7 @@ def meet(world: World, facts: dict[str, Any]) -> None:
         odd = [key for key in first["facts"] | other["facts"] if first["facts"].get(key) != other["facts"].get(key)]
         if odd:
             told = "; ".join(f"{key}: {first['facts'].get(key)} and {other['facts'].get(key)}" for key in odd)
-            raise UserError(
+            raise PeersDiffer(
                 f"rank 0 ({first['host']}) and rank {rank} ({other['host']}) do not belong together: {told}; "
                 "give all ranks the same configuration, data and version"
             )
@@ -178,6 +178,11 @@ class Agreement:
         """`begin` and `end` in one."""
         self.begin(**raised)
         return self.end()
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks."""
+    dist.barrier(group=world.host_group)
 
 
 def available_cores() -> int:

@@ -6,6 +6,7 @@ presence means done), ``model.safetensors``, ``checkpoints/`` and TensorBoard's 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -240,4 +241,5 @@ def touch_heartbeat() -> None:
     """Tell the orchestrator's liveness probe that training moves: touch the file K8SCIFAR_HEARTBEAT names, if any."""
     path = os.environ.get("K8SCIFAR_HEARTBEAT")
     if path:
-        Path(path).touch()
+        with contextlib.suppress(OSError):  # a full disk must not end the training
+            Path(path).touch()

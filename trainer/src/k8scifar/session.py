@@ -172,6 +172,7 @@ class Session:
             self.folder.write_summary(summary)
             self.board.text("summary", json.dumps(summary, indent=1))
             self.progress.say(records.describe(summary, self.folder.path))
+        parallel.barrier(self.world)  # nobody leaves before the mark of the finished run is there
         return summary
 
     def close(self) -> None:

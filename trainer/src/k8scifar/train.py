@@ -68,7 +68,7 @@ def train(session: Session, stop: threading.Event) -> None:
         # The end of an epoch: evaluate, record, save.
         if session.epoch_is_over:
             try:
-                session.finish_epoch(lambda: not agreement.now(stop=stop.is_set()))
+                session.finish_epoch(lambda: _keep_going(agreement, stop))
             except Stopped:
                 session.save()
                 raise Preempted from None
@@ -139,6 +139,12 @@ def train(session: Session, stop: threading.Event) -> None:
             session.save()
         if "stop" in agreed:
             raise Preempted
+
+
+def _keep_going(agreement: parallel.Agreement, stop: threading.Event) -> bool:
+    """Asked by all ranks between two batches of an evaluation: False once any rank is to stop."""
+    records.touch_heartbeat()
+    return not agreement.now(stop=stop.is_set())
 
 
 @contextlib.contextmanager
