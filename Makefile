@@ -91,6 +91,31 @@ chart-docs: $(READY) ## write the table in chart/README.md anew, from chart/valu
 package: $(READY) ## pack the chart into dist/
 	@$(FIND_HELM); "$$helm" package chart --destination dist
 
+##@ Image
+image: ## build the container image; VARIANT=cpu|cuda PLATFORMS=linux/amd64,linux/arm64 ENGINE=docker|podman|buildah
+	@$(PYTHON) image/image.py build
+
+image-smoke: ## train in two hardened containers of the image on a private network
+	@$(PYTHON) image/smoke.py
+
+push: ## push the image; REGISTRY=host/name
+	@$(PYTHON) image/image.py push
+
+load: ## put the image into the k3s, kind or minikube of this machine; CLUSTER=k3s|kind|minikube
+	@$(PYTHON) image/image.py load
+
+sbom: ## list what is in the image (needs syft or trivy)
+	@$(PYTHON) image/image.py sbom
+
+scan: ## look for known vulnerabilities in the image (needs trivy or grype)
+	@$(PYTHON) image/image.py scan
+
+image-lock: $(READY) ## renew image/requirements.lock; UPGRADE=1 takes the newest versions that are allowed
+	@$(PYTHON) image/image.py lock
+
+image-test: ## build and smoke-test in a throw-away engine on a home-made base image (root; where no image can be pulled)
+	@image/with-engine.sh sh -c 'image/base.sh k8scifar-base:local && make image BASE=k8scifar-base:local && make image-smoke'
+
 ##@ Development
 test: $(READY) ## run the tests; TESTS=file picks some, ARGS go to pytest
 	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
@@ -104,4 +129,5 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff format trainer
 
 .PHONY: help venv clean train evaluate tensorboard test lint format \
-	chart-lint template install uninstall schema chart-docs package
+	chart-lint template install uninstall schema chart-docs package \
+	image image-smoke push load sbom scan image-lock image-test

@@ -12,6 +12,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 command -v mmdebstrap >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends mmdebstrap >/dev/null; }
 
+# shellcheck disable=SC2016  # mmdebstrap's own shell expands $1
 # As in the official image: no manuals, no locales, no bytecode of the standard library. The host's certificates come
 # along, since a network that needs a local one needs it in the build too.
 TMPDIR=$scratch mmdebstrap --quiet --variant=minbase \

@@ -31,7 +31,7 @@ NO_BASE = re.compile(
     r"|(?:lookup|dial tcp|Get \"?https)[^\n]*(?:no such host|timeout|refused|unreachable|misbehaving)|short-name",
     re.I,
 )
-NOT_MULTI = re.compile(r"multi-platform build is not supported|does not support exporting|docker-container driver", re.I)
+NOT_MULTI = re.compile(r"multi-platform build is not supported|does not support exporting", re.I)
 
 
 class ImageError(Exception):
@@ -188,10 +188,10 @@ def wheels_at_hand() -> Iterator[None]:
 
 def check_space(tool: str) -> None:
     """Refuse a build that can't end, where the engine's folder can be seen from here."""
-    query = {"docker": ["info", "--format", "{{.DockerRootDir}}"], "podman": ["info", "--format", "{{.Store.GraphRoot}}"]}
-    if tool not in query:
+    where = {"docker": "{{.DockerRootDir}}", "podman": "{{.Store.GraphRoot}}"}
+    if tool not in where:
         return
-    folder = Path(run([tool, *query[tool]]).stdout.strip() or "/nowhere")
+    folder = Path(run([tool, "info", "--format", where[tool]]).stdout.strip() or "/nowhere")
     if folder.is_dir() and (free := shutil.disk_usage(folder).free) < NEEDED[variant()]:
         raise ImageError(
             f"no space: {free / 1e9:.1f} GB free in {folder}, the build takes about {NEEDED[variant()] / 1e9:.0f} GB; "
@@ -218,16 +218,13 @@ def build_command(tool: str, push: bool = False) -> list[str]:
     given = [f"--build-arg={key}={value}" for key, value in arguments.items()] + ["--file", DOCKERFILE]
     for value in wanted:
         if not can_emulate(value):
-            raise ImageError(f"PLATFORMS: binaries for {value} do not run here; install qemu-user-static and binfmt-support")
+            raise ImageError(f"{value} binaries do not run here: install qemu-user-static and binfmt-support")
+    start = [tool, "build", *(["--layers"] if tool == "buildah" else [])]
     if len(wanted) <= 1:
         single = [f"--platform={wanted[0]}"] if wanted else []
-        verb = {"docker": ["docker", "build"], "podman": ["podman", "build"], "buildah": ["buildah", "build", "--layers"]}
-        # The docker format keeps what the OCI format has no place for, with podman and buildah.
-        form = [] if tool == "docker" else ["--format=docker"]
-        return [*verb[tool], *form, *single, *given, "--tag", name(), "."]
+        return [*start, *single, *given, "--tag", name(), "."]
     if tool != "docker":
-        layers = ["--layers"] if tool == "buildah" else []
-        return [tool, "build", *layers, f"--platform={','.join(wanted)}", *given, "--manifest", name(), "."]
+        return [*start, f"--platform={','.join(wanted)}", *given, "--manifest", name(), "."]
     if not has_buildx():
         raise ImageError("several PLATFORMS need docker's buildx: install docker-buildx, or use ENGINE=podman")
     if push:
@@ -245,8 +242,8 @@ def build(push: bool = False) -> None:
     check_space(tool)
     print(f"building {name()} with {tool}", flush=True)
     environment = dict(os.environ)
-    if command[:2] == ["docker", "build"] and not has_buildx() and not embedded_buildkit():
-        environment["DOCKER_BUILDKIT"] = "0"
+    if command[:2] == ["docker", "build"] and not has_buildx():
+        environment.setdefault("DOCKER_BUILDKIT", "1" if client_has_buildkit() else "0")
     started = time.monotonic()
     with wheels_at_hand():
         stream(command, environment)
@@ -255,7 +252,7 @@ def build(push: bool = False) -> None:
         print(f"it is in {next(word for word in command if word.startswith('--output')).split('dest=')[1]}")
 
 
-def embedded_buildkit() -> bool:
+def client_has_buildkit() -> bool:
     """Docker before 23 has BuildKit in its client; later ones need buildx for it."""
     found = re.match(r"(\d+)", run(["docker", "version", "--format", "{{.Client.Version}}"]).stdout)
     return bool(found) and int(found[1]) < 23
@@ -263,9 +260,8 @@ def embedded_buildkit() -> bool:
 
 def stream(command: Sequence[str], environment: dict[str, str]) -> None:
     """Run a builder, its output shown as it comes, its well-known failures told in one line."""
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
         seen: list[str] = []
         assert process.stdout is not None
         for line in process.stdout:
@@ -277,9 +273,9 @@ def stream(command: Sequence[str], environment: dict[str, str]) -> None:
     if NO_SPACE.search(output):
         raise ImageError(f"no space left for the image; '{command[0]} system prune' frees some")
     if NOT_MULTI.search(output):
-        raise ImageError("this docker builder takes one platform alone: docker buildx create --use makes one for several")
+        raise ImageError("docker's builder takes one platform alone: 'docker buildx create --use' makes another")
     if NO_BASE.search(output):
-        raise ImageError("the base image can't be pulled: check the network, or name one that is here with BASE=name:tag")
+        raise ImageError("the base image can't be pulled: check the network, or name another with BASE=name:tag")
     raise ImageError(f"{' '.join(command[:2])} failed (exit code {process.returncode}); its messages are above")
 
 
@@ -291,8 +287,8 @@ def size_text(tool: str) -> str:
 
 
 def must_exist(tool: str) -> None:
-    check = ["buildah", "inspect", "--type", "image", name()] if tool == "buildah" else [tool, "image", "inspect", name()]
-    if run(check).returncode:
+    check = ["inspect", "--type", "image"] if tool == "buildah" else ["image", "inspect"]
+    if run([tool, *check, name()]).returncode:
         raise ImageError(f"there is no image {name()}: make image")
 
 
@@ -381,6 +377,26 @@ def kind_cluster() -> list[str]:
 # --- what is in it
 
 
+def lock() -> None:
+    """Renew image/requirements.lock: the versions it has, where they still fit; UPGRADE=1 takes the newest."""
+    uv = next((found for found in (ROOT / ".venv/bin/uv", shutil.which("uv")) if found and Path(found).exists()), None)
+    if not uv:
+        raise ImageError("uv is missing: make venv")
+    target = ROOT / "image/requirements.lock"
+    command = [str(uv), "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--no-emit-index-url",
+               "--no-emit-find-links", "--python-version", choice("PYTHON_VERSION", "3.11"), "--constraint",
+               "trainer/constraints.txt", "--output-file", str(target), "trainer/pyproject.toml"]  # fmt: skip
+    command += ["--upgrade"] if choice("UPGRADE") else []
+    # torch's own lines go first: without its local part their version would mean the CUDA build.
+    target.write_text(re.sub(r"(?m)^torch(vision)?==.*\n", "", target.read_text()))
+    folder = wheel_folder()
+    command += ["--find-links", str(folder)] if folder else ["--torch-backend", "cpu"]
+    call(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    # The CPU and CUDA builds are one version: which is taken is the variant's choice.
+    target.write_text(re.sub(r"(?m)^(\S+==[^+\s]+)\+\S+", r"\1", target.read_text()))
+    print(f"wrote {target.relative_to(ROOT)}")
+
+
 def archived(tool: str, command: list[str], placeholder: str) -> None:
     """Run a scanner on the image as a file, which every engine can write."""
     archive = ROOT / "dist" / "image.tar"
@@ -405,8 +421,9 @@ def sbom() -> None:
 
 
 def scan() -> None:
+    failing = ["--exit-code=1"]
     commands = {
-        "trivy": ["trivy", "image", "--input", "ARCHIVE", "--ignore-unfixed", "--severity=HIGH,CRITICAL", "--exit-code=1"],
+        "trivy": ["trivy", "image", "--input", "ARCHIVE", "--ignore-unfixed", "--severity=HIGH,CRITICAL", *failing],
         "grype": ["grype", "docker-archive:ARCHIVE", "--only-fixed", "--fail-on=high"],
     }
     inspect(commands, "a scan")
@@ -422,7 +439,7 @@ def inspect(commands: dict[str, list[str]], what: str) -> None:
 
 
 def main() -> int:
-    actions = {"build": build, "push": push, "load": load, "sbom": sbom, "scan": scan}
+    actions = {"build": build, "push": push, "load": load, "sbom": sbom, "scan": scan, "lock": lock}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=actions)
     try:

@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("prefix", type=Path, help="the environment")
     parser.add_argument("--variant", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--warm", type=Path, help="script that prints the files to compile; default: compile all")
-    parser.add_argument("--base-bytecode", type=Path, help="folder for the bytecode of the files outside the environment")
+    parser.add_argument("--base-bytecode", type=Path, help="where to put the bytecode of files outside")
     parser.add_argument("--epoch", type=int, default=1_700_000_000, help="time stamp of every file, seconds since 1970")
     arguments = parser.parse_args()
     prefix = arguments.prefix
@@ -151,8 +151,9 @@ def main() -> None:
         if count >= 1e6:
             print(f"  -{count / 1e6:7.1f} MB  {reason}")
     if arguments.warm:
-        output = subprocess.run([sys.executable, str(arguments.warm)], check=True, stdout=subprocess.PIPE, text=True).stdout
-        files = [Path(line) for line in output.splitlines()]
+        command = [sys.executable, str(arguments.warm)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        files = [Path(line) for line in done.stdout.splitlines()]
     else:
         files = sorted(site.rglob("*.py"))
     added = compile_bytecode([file for file in files if file.is_relative_to(prefix)])

@@ -22,14 +22,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 compat.import_torchvision()
 
-STANDARD = """argparse concurrent.futures csv difflib email.message glob hashlib http.client json logging.handlers
-multiprocessing.spawn multiprocessing.resource_tracker queue secrets shlex signal sqlite3 statistics tarfile uuid
-xml.etree.ElementTree zipfile""".split()
-LIBRARIES = """matplotlib.backends.backend_agg matplotlib.pyplot numpy PIL.Image PIL.JpegImagePlugin PIL.PngImagePlugin
-pydantic safetensors.torch tensorboard.backend.event_processing.event_accumulator torch.distributed.run
-torch.distributed.elastic.multiprocessing torch.multiprocessing torch.nn.functional torch.optim.lr_scheduler
-torch.utils.flop_counter torch.utils.tensorboard torchmetrics.classification torchvision.datasets torchvision.models
-torchvision.transforms.v2 tqdm yaml""".split()
+STANDARD = [
+    "argparse", "concurrent.futures", "csv", "difflib", "email.message", "glob", "hashlib", "http.client", "json",
+    "logging.handlers", "multiprocessing.spawn", "multiprocessing.resource_tracker", "queue", "secrets", "shlex",
+    "signal", "sqlite3", "statistics", "tarfile", "uuid", "xml.etree.ElementTree", "zipfile",
+]  # fmt: skip
+LIBRARIES = [
+    "matplotlib.backends.backend_agg", "matplotlib.pyplot", "numpy", "PIL.Image", "PIL.JpegImagePlugin",
+    "PIL.PngImagePlugin", "pydantic", "safetensors.torch", "tensorboard.backend.event_processing.event_accumulator",
+    "torch.distributed.run", "torch.distributed.elastic.multiprocessing", "torch.multiprocessing",
+    "torch.nn.functional", "torch.optim.lr_scheduler", "torch.utils.flop_counter", "torch.utils.tensorboard",
+    "torchmetrics.classification", "torchvision.datasets", "torchvision.models", "torchvision.transforms.v2",
+    "tqdm", "yaml",
+]  # fmt: skip
 
 
 def train(folder: Path) -> None:
@@ -89,7 +94,8 @@ def main() -> None:
         found = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     with os.fdopen(files, "w") as output:
         # Some of torch's modules name a file that is not there.
-        output.writelines(f"{name}\n" for name in sorted(filter(None, found)) if name.endswith(".py") and name[0] == "/")
+        files_found = sorted(name for name in filter(None, found) if name.endswith(".py") and os.path.isabs(name))
+        output.writelines(f"{name}\n" for name in files_found)
         output.flush()
     os._exit(0)  # TensorBoard's server thread has no stop
 
