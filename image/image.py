@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -159,6 +160,8 @@ def wheel_folder() -> Path | None:
         if not list(Path(asked).glob("*.whl")):
             raise ImageError(f"WHEELS={asked} has no wheels in it")
         return Path(asked)
+    if variant() == "cuda":  # what pip finds here may be the CPU build
+        return None
     for key in (":env:.find-links", "global.find-links"):
         for word in run([sys.executable, "-m", "pip", "config", "get", key]).stdout.split():
             folder = Path(word.removeprefix("file://"))
@@ -378,23 +381,44 @@ def kind_cluster() -> list[str]:
 
 
 def lock() -> None:
-    """Renew image/requirements.lock: the versions it has, where they still fit; UPGRADE=1 takes the newest."""
+    """Renew the locks: the versions they have, where they still fit; UPGRADE=1 takes the newest."""
     uv = next((found for found in (ROOT / ".venv/bin/uv", shutil.which("uv")) if found and Path(found).exists()), None)
     if not uv:
         raise ImageError("uv is missing: make venv")
-    target = ROOT / "image/requirements.lock"
-    command = [str(uv), "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--no-emit-index-url",
-               "--no-emit-find-links", "--python-version", choice("PYTHON_VERSION", "3.11"), "--constraint",
-               "trainer/constraints.txt", "--output-file", str(target), "trainer/pyproject.toml"]  # fmt: skip
-    command += ["--upgrade"] if choice("UPGRADE") else []
+    common, cuda = ROOT / "image/requirements.lock", ROOT / "image/requirements-cuda.lock"
     # torch's own lines go first: without its local part their version would mean the CUDA build.
-    target.write_text(re.sub(r"(?m)^torch(vision)?==.*\n", "", target.read_text()))
+    pins = {} if choice("UPGRADE") else versions(common.read_text()) | versions(cuda.read_text())
+    pins = {name: version for name, version in pins.items() if name not in ("torch", "torchvision")}
     folder = wheel_folder()
-    command += ["--find-links", str(folder)] if folder else ["--torch-backend", "cpu"]
-    call(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    # The CPU and CUDA builds are one version: which is taken is the variant's choice.
-    target.write_text(re.sub(r"(?m)^(\S+==[^+\s]+)\+\S+", r"\1", target.read_text()))
-    print(f"wrote {target.relative_to(ROOT)}")
+    found = compiled(str(uv), pins, ["--find-links", str(folder)] if folder else ["--torch-backend", "cpu"])
+    write_lock(common, found)
+    # The CUDA build of the registry adds NVIDIA's packages; the rest is the same.
+    both = compiled(str(uv), found | pins, [])
+    write_lock(cuda, {name: version for name, version in both.items() if name not in found})
+
+
+def versions(text: str) -> dict[str, str]:
+    """The pins of a lock. CPU and CUDA builds are one version: which is taken is the variant's choice."""
+    return dict(re.findall(r"(?m)^([a-z0-9.-]+)==([^+\s]+)", text))
+
+
+def compiled(uv: str, pins: dict[str, str], sources: list[str]) -> dict[str, str]:
+    """All packages that the project needs, in the pinned versions as far as they fit."""
+    with tempfile.NamedTemporaryFile("w+", suffix=".txt") as output:
+        output.writelines(f"{name}=={version}\n" for name, version in pins.items())
+        output.flush()
+        call(
+            [uv, "pip", "compile", "--quiet", "--python-version", choice("PYTHON_VERSION", "3.11"), *sources,
+             "--python-platform", "linux", "--constraint", "trainer/constraints.txt", "--output-file", output.name,
+             "trainer/pyproject.toml"],
+            cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"UV_FIND_LINKS": ""},
+        )  # fmt: skip
+        return versions(Path(output.name).read_text())
+
+
+def write_lock(target: Path, pins: dict[str, str]) -> None:
+    target.write_text("".join(f"{name}=={version}\n" for name, version in sorted(pins.items())))
+    print(f"wrote {target.relative_to(ROOT)}, {len(pins)} packages")
 
 
 def archived(tool: str, command: list[str], placeholder: str) -> None:

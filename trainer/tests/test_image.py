@@ -295,8 +295,8 @@ def test_wheels_are_laid_for_the_build_alone(tmp_path, monkeypatch):
 # --- the lock and the context
 
 
-def locked() -> dict[str, str]:
-    lines = (IMAGE / "requirements.lock").read_text().splitlines()
+def locked(name: str = "requirements.lock") -> dict[str, str]:
+    lines = (IMAGE / name).read_text().splitlines()
     assert lines and all(re.fullmatch(r"[a-z0-9.-]+==[A-Za-z0-9.]+", line) for line in lines), lines
     return dict(line.split("==") for line in lines)
 
@@ -311,6 +311,22 @@ def test_lock_satisfies_the_project():
         version = locked().get(requirement.name.lower())
         assert version, f"{requirement.name} is not in the lock: make image-lock"
         assert requirement.specifier.contains(version), f"{requirement} but {version} in the lock: make image-lock"
+
+
+def test_cuda_lock_adds_to_the_common_one():
+    common, cuda = locked(), locked("requirements-cuda.lock")
+    assert not set(common) & set(cuda)
+    assert "triton" in cuda and any(name.startswith("nvidia-cudnn") for name in cuda)
+    assert not [name for name in common if name.startswith("nvidia")]
+
+
+def test_cuda_takes_no_wheels_that_pip_knows_of(tmp_path, monkeypatch):
+    (tmp_path / "torch-9.9+cpu-py3-none-any.whl").write_text("wheel")
+    monkeypatch.delenv("WHEELS", raising=False)
+    monkeypatch.setattr(image, "run", lambda command: subprocess.CompletedProcess(command, 0, f"{tmp_path}\n", ""))
+    assert image.wheel_folder() == tmp_path
+    monkeypatch.setenv("VARIANT", "cuda")
+    assert image.wheel_folder() is None
 
 
 def test_context_lets_through_what_the_dockerfile_copies():

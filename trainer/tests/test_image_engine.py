@@ -51,7 +51,7 @@ def engine() -> Iterator[dict[str, str]]:
     if not host:  # someone's own engine: leave it as it was
         subprocess.run(["docker", "rmi", "--force", NAME], capture_output=True)
     holder.stdin.close()
-    assert holder.wait(60) == 0
+    assert holder.wait(240) == 0  # it removes gigabytes
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,8 @@ def test_two_containers_train_and_stop(built):
 
 def test_size_and_settings(built):
     facts = json.loads(docker(built, "image", "inspect", NAME))[0]
-    print(
-        f"{facts['Size'] / 1e6:.0f} MB unpacked\n{docker(built, 'history', '--format={{.Size}}\t{{.CreatedBy}}', NAME)}"
-    )
+    print(f"{facts['Size'] / 1e6:.0f} MB unpacked")
+    print(docker(built, "history", "--format={{.Size}} {{.CreatedBy}}", NAME))
     assert facts["Size"] <= BUDGET
     config = facts["Config"]
     assert config["User"] == "1000:1000" and config["Entrypoint"] == ["tini", "--", "k8scifar"]
