@@ -11,6 +11,7 @@ import importlib.util
 import os
 import py_compile
 import shutil
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -98,18 +99,32 @@ def is_elf(path: Path) -> bool:
         return file.read(4) == b"\x7fELF"
 
 
+def maps_to_pages(path: Path) -> bool:
+    """Whether the loader can map the file: strip misplaces segments of libraries whose paths were patched."""
+    data = path.read_bytes()
+    table, entry, count = *struct.unpack_from("<Q", data, 32), *struct.unpack_from("<HH", data, 54)
+    for start in range(table, table + entry * count, entry):
+        kind, _, offset, address = struct.unpack_from("<IIQQ", data, start)
+        if kind == 1 and (offset - address) % 4096:  # PT_LOAD
+            return False
+    return True
+
+
 def strip(prefix: Path) -> int:
     """Strip debug symbols and local symbol tables; bytes freed."""
     freed = 0
-    # Libraries that were moved into a wheel (*.libs/) have a layout that strip breaks.
     for path in sorted(prefix.rglob("*")):
-        if path.is_symlink() or not path.is_file() or path.parent.name.endswith(".libs"):
+        if path.is_symlink() or not path.is_file() or path.stat().st_size < 65536 or not is_elf(path):
             continue
-        if path.stat().st_size < 65536 or not is_elf(path):
-            continue
-        before = size(path)
-        subprocess.run(["strip", "--strip-unneeded", str(path)], check=True, capture_output=True)
-        freed += before - size(path)
+        stripped = path.with_name(f"{path.name}.stripped")
+        command = ["strip", "--strip-unneeded", "-o", str(stripped), str(path)]
+        subprocess.run(command, check=True, capture_output=True)
+        if maps_to_pages(stripped):
+            shutil.copymode(path, stripped)
+            freed += size(path) - size(stripped)
+            stripped.replace(path)
+        else:
+            stripped.unlink()
     return freed
 
 

@@ -110,8 +110,9 @@ def test_nothing_needless_inside(built):
 import json, os, shutil, sys
 site = next(path for path in sys.path if path.endswith("site-packages"))
 tests = [root for root, folders, files in os.walk(site) if root.endswith(("/tests", "torch/test"))]
-caches = [path for path in ("/root/.cache", "/tmp/.cache", "/var/lib/apt/lists", "/var/cache/apt/archives")
-          if os.path.isdir(path) and os.listdir(path)]
+places = ("/root/.cache", "/tmp/.cache", "/var/lib/apt/lists", "/var/cache/apt/archives")
+caches = [os.path.join(root, file) for place in places for root, folders, files in os.walk(place) for file in files
+          if os.path.getsize(os.path.join(root, file))]
 tools = [tool for tool in ("gcc", "cc", "g++", "clang", "make", "pip", "uv", "strip") if shutil.which(tool)]
 needless = [name for name in ("pip", "setuptools", "pytest", "uv") if os.path.exists(f"{site}/{name}")]
 print(json.dumps(tests + caches + tools + needless))
@@ -133,8 +134,8 @@ import k8scifar
 for found in pkgutil.walk_packages(k8scifar.__path__, "k8scifar."):
     if not found.name.endswith("__main__"):
         importlib.import_module(found.name)
-modules = [m for m in list(sys.modules.values()) if (getattr(m, "__file__", None) or "").endswith(".py")]
-missing = [m.__name__ for m in modules if not m.__cached__ or not os.path.exists(m.__cached__)]
+modules = [m for m in list(sys.modules.values()) if getattr(m, "__cached__", None)]
+missing = [m.__name__ for m in modules if not os.path.exists(m.__cached__)]
 print(json.dumps([len(modules), missing]))
 """
     loaded, missing = json.loads(inside(built, script))
@@ -170,7 +171,7 @@ print(json.dumps([versions, faults]))
 def test_shared_libraries_load(built):
     """Stripping and pruning broke no shared library."""
     script = """
-import ctypes, json, pathlib, sys, torch
+import ctypes, json, os, pathlib, sys, torch
 site = next(path for path in sys.path if path.endswith("site-packages"))
 faults, loaded = [], 0
 for path in sorted(pathlib.Path(site).rglob("*.so*")):
@@ -179,12 +180,14 @@ for path in sorted(pathlib.Path(site).rglob("*.so*")):
         loaded += 1
     except OSError as error:
         faults.append(f"{path.relative_to(site)}: {error}")
-print(json.dumps([loaded, faults]))
+print(json.dumps([loaded, faults]), flush=True)
+os._exit(0)  # so many libraries at once do not end well
 """
     loaded, faults = json.loads(inside(built, script))
     assert loaded > 60
     # torchvision's own operators need a torch of the same build; k8scifar does without them.
-    assert [fault for fault in faults if not fault.startswith("torchvision/")] == []
+    missing = "cannot open shared object file"
+    assert [fault for fault in faults if not (fault.startswith("torchvision/") and missing in fault)] == []
 
 
 def test_a_changed_source_file_rebuilds_in_seconds(built, tmp_path):
