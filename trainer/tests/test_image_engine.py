@@ -134,7 +134,7 @@ import k8scifar
 for found in pkgutil.walk_packages(k8scifar.__path__, "k8scifar."):
     if not found.name.endswith("__main__"):
         importlib.import_module(found.name)
-modules = [m for m in list(sys.modules.values()) if getattr(m, "__cached__", None)]
+modules = [m for m in list(sys.modules.values()) if isinstance(getattr(m, "__cached__", None), str)]
 missing = [m.__name__ for m in modules if not os.path.exists(m.__cached__)]
 print(json.dumps([len(modules), missing]))
 """
