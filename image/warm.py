@@ -37,6 +37,23 @@ LIBRARIES = [
 ]  # fmt: skip
 
 
+def configure() -> None:
+    """A model of settings, checked and described."""
+    import pydantic
+
+    class Settings(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+        count: int = pydantic.Field(1, ge=1)
+        names: list[str] | None = None
+
+        @pydantic.model_validator(mode="after")
+        def _whole(self) -> Settings:
+            return self
+
+    Settings.model_validate({"count": 2}).model_dump_json()
+    Settings.model_json_schema()
+
+
 def train(folder: Path) -> None:
     """One step of DDP, a checkpoint, weights, a figure, an event file."""
     import matplotlib.pyplot as plt
@@ -89,6 +106,7 @@ def main() -> None:
     for name in STANDARD + LIBRARIES:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
+        configure()
         train(Path(folder))
         tensorboard(Path(folder))
         found = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
