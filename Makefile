@@ -122,7 +122,9 @@ test: $(READY) ## run the tests; TESTS=file picks some, ARGS go to pytest
 
 lint: $(READY) ## check style and likely mistakes
 	@$(BIN)/ruff check trainer
+	@$(BIN)/ruff check --config trainer/pyproject.toml image
 	@$(BIN)/ruff format --check trainer
+	@$(BIN)/ruff format --check --config trainer/pyproject.toml image
 
 format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix trainer
