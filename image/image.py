@@ -32,9 +32,7 @@ NO_BASE = re.compile(
     r"|(?:lookup|dial tcp|Get \"?https)[^\n]*(?:no such host|timeout|refused|unreachable|misbehaving)|short-name",
     re.I,
 )
-NOT_MULTI = re.compile(
-    r"multi-platform build is not supported|does not support exporting", re.I
-)
+NOT_MULTI = re.compile(r"multi-platform build is not supported|does not support exporting", re.I)
 
 
 class ImageError(Exception):
@@ -60,9 +58,7 @@ def engine(needs_run: bool = False) -> str:
         raise ImageError(f"ENGINE={asked} will not do here: {', '.join(usable)}")
     installed = [name for name in ([asked] if asked else usable) if shutil.which(name)]
     if not installed:
-        what = (
-            f"ENGINE={asked} is not installed" if asked else "no container engine found"
-        )
+        what = f"ENGINE={asked} is not installed" if asked else "no container engine found"
         raise ImageError(f"{what}: install {' or '.join(usable)}")
     silent = []
     for name in installed:
@@ -75,25 +71,13 @@ def engine(needs_run: bool = False) -> str:
 
 def why_silent(name: str) -> str | None:
     """Why an installed engine can't be used; None: it can."""
-    command = {
-        "docker": ["version", "--format", "{{.Server.Version}}"],
-        "podman": ["info"],
-        "buildah": ["info"],
-    }[name]
+    command = {"docker": ["version", "--format", "{{.Server.Version}}"], "podman": ["info"], "buildah": ["info"]}[name]
     answer = run([name, *command])
     if answer.returncode == 0:
         return None
-    lines = [
-        line
-        for line in (answer.stderr or answer.stdout).strip().splitlines()
-        if line.strip()
-    ]
+    lines = [line for line in (answer.stderr or answer.stdout).strip().splitlines() if line.strip()]
     last = lines[-1].strip() if lines else f"exit code {answer.returncode}"
-    return (
-        "you may not use its socket: join the group docker, or use sudo"
-        if "permission denied" in last
-        else last
-    )
+    return "you may not use its socket: join the group docker, or use sudo" if "permission denied" in last else last
 
 
 # --- names
@@ -125,18 +109,12 @@ def remote_name() -> str:
     if not registry:
         raise ImageError("REGISTRY is missing: make push REGISTRY=host/name")
     if "://" in registry or re.search(r"\s", registry):
-        raise ImageError(
-            f"REGISTRY '{registry}' must be host/name, without a scheme or spaces"
-        )
+        raise ImageError(f"REGISTRY '{registry}' must be host/name, without a scheme or spaces")
     return f"{registry}/{name()}"
 
 
 def git(*arguments: str) -> str:
-    return (
-        run(["git", "-C", str(ROOT), *arguments]).stdout.strip()
-        if shutil.which("git")
-        else ""
-    )
+    return run(["git", "-C", str(ROOT), *arguments]).stdout.strip() if shutil.which("git") else ""
 
 
 def source() -> str:
@@ -145,9 +123,7 @@ def source() -> str:
     if "://" not in address:
         return address if choice("SOURCE") else ""
     parts = urlsplit(address)
-    return urlunsplit(
-        (parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")
-    )
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def build_arguments() -> dict[str, str]:
@@ -170,14 +146,10 @@ def build_arguments() -> dict[str, str]:
 
 
 def platforms() -> list[str]:
-    values = [
-        value.strip() for value in choice("PLATFORMS").split(",") if value.strip()
-    ]
+    values = [value.strip() for value in choice("PLATFORMS").split(",") if value.strip()]
     for value in values:
         if not re.fullmatch(r"linux/[a-z0-9]+(/v\d)?", value):
-            raise ImageError(
-                f"PLATFORMS has '{value}': linux/amd64 or linux/arm64, with commas between"
-            )
+            raise ImageError(f"PLATFORMS has '{value}': linux/amd64 or linux/arm64, with commas between")
     return values
 
 
@@ -191,9 +163,7 @@ def wheel_folder() -> Path | None:
     if variant() == "cuda":  # what pip finds here may be the CPU build
         return None
     for key in (":env:.find-links", "global.find-links"):
-        for word in run(
-            [sys.executable, "-m", "pip", "config", "get", key]
-        ).stdout.split():
+        for word in run([sys.executable, "-m", "pip", "config", "get", key]).stdout.split():
             folder = Path(word.removeprefix("file://"))
             if folder.is_dir() and list(folder.glob("torch-*.whl")):
                 return folder
@@ -224,9 +194,7 @@ def check_space(tool: str) -> None:
     where = {"docker": "{{.DockerRootDir}}", "podman": "{{.Store.GraphRoot}}"}
     if tool not in where:
         return
-    folder = Path(
-        run([tool, "info", "--format", where[tool]]).stdout.strip() or "/nowhere"
-    )
+    folder = Path(run([tool, "info", "--format", where[tool]]).stdout.strip() or "/nowhere")
     if folder.is_dir() and (free := shutil.disk_usage(folder).free) < NEEDED[variant()]:
         raise ImageError(
             f"no space: {free / 1e9:.1f} GB free in {folder}, the build takes about {NEEDED[variant()] / 1e9:.0f} GB; "
@@ -240,65 +208,35 @@ def has_buildx() -> bool:
 
 def can_emulate(wanted: str) -> bool:
     """Whether binaries of the platform run here: its own, or through the kernel's registered emulator."""
-    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(
-        wanted.split("/")[1], wanted.split("/")[1]
-    )
-    here = {"arm64": "aarch64", "AMD64": "x86_64"}.get(
-        platform.machine(), platform.machine()
-    )
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(wanted.split("/")[1], wanted.split("/")[1])
+    here = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
     formats = Path("/proc/sys/fs/binfmt_misc")
     # Docker Desktop (no Linux here) emulates by itself.
-    return (
-        machine == here
-        or platform.system() != "Linux"
-        or (formats / f"qemu-{machine}").exists()
-    )
+    return machine == here or platform.system() != "Linux" or (formats / f"qemu-{machine}").exists()
 
 
 def build_command(tool: str, push: bool = False) -> list[str]:
     """The builder's command line. Raises ImageError where the builder can't do what is asked."""
     wanted, arguments = platforms(), build_arguments()
-    given = [f"--build-arg={key}={value}" for key, value in arguments.items()] + [
-        "--file",
-        DOCKERFILE,
-    ]
+    given = [f"--build-arg={key}={value}" for key, value in arguments.items()] + ["--file", DOCKERFILE]
     for value in wanted:
         if not can_emulate(value):
-            raise ImageError(
-                f"{value} binaries do not run here: install qemu-user-static and binfmt-support"
-            )
+            raise ImageError(f"{value} binaries do not run here: install qemu-user-static and binfmt-support")
     start = [tool, "build", *(["--layers"] if tool == "buildah" else [])]
     if len(wanted) <= 1:
         single = [f"--platform={wanted[0]}"] if wanted else []
         return [*start, *single, *given, "--tag", name(), "."]
     if tool != "docker":
-        return [
-            *start,
-            f"--platform={','.join(wanted)}",
-            *given,
-            "--manifest",
-            name(),
-            ".",
-        ]
+        return [*start, f"--platform={','.join(wanted)}", *given, "--manifest", name(), "."]
     if not has_buildx():
-        raise ImageError(
-            "several PLATFORMS need docker's buildx: install docker-buildx, or use ENGINE=podman"
-        )
+        raise ImageError("several PLATFORMS need docker's buildx: install docker-buildx, or use ENGINE=podman")
     if push:
         output = ["--push", "--tag", remote_name()]
     else:  # docker's own store takes one platform alone
         archive = Path("dist") / f"{name().replace('/', '-').replace(':', '-')}.oci.tar"
         (ROOT / "dist").mkdir(exist_ok=True)
         output = [f"--output=type=oci,dest={archive}", "--tag", name()]
-    return [
-        "docker",
-        "buildx",
-        "build",
-        f"--platform={','.join(wanted)}",
-        *given,
-        *output,
-        ".",
-    ]
+    return ["docker", "buildx", "build", f"--platform={','.join(wanted)}", *given, *output, "."]
 
 
 def build(push: bool = False) -> None:
@@ -314,27 +252,18 @@ def build(push: bool = False) -> None:
         stream(command, environment)
     print(f"built {name()} in {time.monotonic() - started:.0f} s{size_text(tool)}")
     if command[:3] == ["docker", "buildx", "build"] and not push:
-        print(
-            f"it is in {next(word for word in command if word.startswith('--output')).split('dest=')[1]}"
-        )
+        print(f"it is in {next(word for word in command if word.startswith('--output')).split('dest=')[1]}")
 
 
 def client_has_buildkit() -> bool:
     """Docker before 23 has BuildKit in its client; later ones need buildx for it."""
-    found = re.match(
-        r"(\d+)", run(["docker", "version", "--format", "{{.Client.Version}}"]).stdout
-    )
+    found = re.match(r"(\d+)", run(["docker", "version", "--format", "{{.Client.Version}}"]).stdout)
     return bool(found) and int(found[1]) < 23
 
 
 def stream(command: Sequence[str], environment: dict[str, str]) -> None:
     """Run a builder, its output shown as it comes, its well-known failures told in one line."""
-    pipes = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-        "errors": "replace",
-    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
         seen: list[str] = []
         assert process.stdout is not None
@@ -345,35 +274,23 @@ def stream(command: Sequence[str], environment: dict[str, str]) -> None:
         return
     output = "".join(seen)
     if NO_SPACE.search(output):
-        raise ImageError(
-            f"no space left for the image; '{command[0]} system prune' frees some"
-        )
+        raise ImageError(f"no space left for the image; '{command[0]} system prune' frees some")
     if NOT_MULTI.search(output):
-        raise ImageError(
-            "docker's builder takes one platform alone: 'docker buildx create --use' makes another"
-        )
+        raise ImageError("docker's builder takes one platform alone: 'docker buildx create --use' makes another")
     if NO_BASE.search(output):
-        raise ImageError(
-            "the base image can't be pulled: check the network, or name another with BASE=name:tag"
-        )
-    raise ImageError(
-        f"{' '.join(command[:2])} failed (exit code {process.returncode}); its messages are above"
-    )
+        raise ImageError("the base image can't be pulled: check the network, or name another with BASE=name:tag")
+    raise ImageError(f"{' '.join(command[:2])} failed (exit code {process.returncode}); its messages are above")
 
 
 def size_text(tool: str) -> str:
     if tool == "buildah" or len(platforms()) > 1:
         return ""
-    size = run(
-        [tool, "image", "inspect", "--format", "{{.Size}}", name()]
-    ).stdout.strip()
+    size = run([tool, "image", "inspect", "--format", "{{.Size}}", name()]).stdout.strip()
     return f", {int(size) / 1e6:.0f} MB unpacked" if size.isdigit() else ""
 
 
 def must_exist(tool: str) -> None:
-    check = (
-        ["inspect", "--type", "image"] if tool == "buildah" else ["image", "inspect"]
-    )
+    check = ["inspect", "--type", "image"] if tool == "buildah" else ["image", "inspect"]
     if run([tool, *check, name()]).returncode:
         raise ImageError(f"there is no image {name()}: make image")
 
@@ -396,9 +313,7 @@ def push() -> None:
             call([tool, "tag", name(), target])
             call([tool, "push", target])
     repository, _, tag = target.rpartition(":")
-    print(
-        f"pushed {target}; for helm: --set image.repository={repository} --set image.tag={tag}"
-    )
+    print(f"pushed {target}; for helm: --set image.repository={repository} --set image.tag={tag}")
 
 
 def call(command: Sequence[str], **options) -> None:
@@ -414,25 +329,15 @@ def cluster() -> str:
         raise ImageError(f"unknown CLUSTER '{asked}': {', '.join(known)}")
     installed = [tool for tool in ([asked] if asked else known) if shutil.which(tool)]
     if not installed:
-        what = (
-            f"{asked} is not installed"
-            if asked
-            else "neither k3s, kind nor minikube is here"
-        )
+        what = f"{asked} is not installed" if asked else "neither k3s, kind nor minikube is here"
         raise ImageError(f"{what}: use make push REGISTRY=host/name")
     if len(installed) == 1:
         return installed[0]
-    context = (
-        run(["kubectl", "config", "current-context"]).stdout.strip()
-        if shutil.which("kubectl")
-        else ""
-    )
+    context = run(["kubectl", "config", "current-context"]).stdout.strip() if shutil.which("kubectl") else ""
     for tool in installed:
         if context == tool or context.startswith(f"{tool}-"):
             return tool
-    raise ImageError(
-        f"{' and '.join(installed)} are here: say which with CLUSTER={installed[0]}"
-    )
+    raise ImageError(f"{' and '.join(installed)} are here: say which with CLUSTER={installed[0]}")
 
 
 def load() -> None:
@@ -449,20 +354,8 @@ def load() -> None:
         archive.unlink(missing_ok=True)
         try:
             save = {"docker": ["docker", "save", "--output", str(archive), name()]}
-            save["podman"] = [
-                "podman",
-                "save",
-                "--format=docker-archive",
-                "--output",
-                str(archive),
-                name(),
-            ]
-            save["buildah"] = [
-                "buildah",
-                "push",
-                name(),
-                f"docker-archive:{archive}:{name()}",
-            ]
+            save["podman"] = ["podman", "save", "--format=docker-archive", "--output", str(archive), name()]
+            save["buildah"] = ["buildah", "push", name(), f"docker-archive:{archive}:{name()}"]
             call(save[tool])
             if where == "k3s":
                 sudo = [] if os.geteuid() == 0 else ["sudo"]
@@ -475,21 +368,13 @@ def load() -> None:
             archive.unlink(missing_ok=True)
     print(f"loaded {name()} into {where}")
     if where == "k3s":
-        print(
-            f"the other nodes need it too: {tool} save {name()} | ssh NODE sudo k3s ctr images import -"
-        )
+        print(f"the other nodes need it too: {tool} save {name()} | ssh NODE sudo k3s ctr images import -")
 
 
 def kind_cluster() -> list[str]:
     """kind's cluster of kubectl's current context, where it is one of kind's."""
-    context = (
-        run(["kubectl", "config", "current-context"]).stdout.strip()
-        if shutil.which("kubectl")
-        else ""
-    )
-    return (
-        ["--name", context.removeprefix("kind-")] if context.startswith("kind-") else []
-    )
+    context = run(["kubectl", "config", "current-context"]).stdout.strip() if shutil.which("kubectl") else ""
+    return ["--name", context.removeprefix("kind-")] if context.startswith("kind-") else []
 
 
 # --- what is in it
@@ -497,43 +382,19 @@ def kind_cluster() -> list[str]:
 
 def lock() -> None:
     """Renew the locks: the versions they have, where they still fit; UPGRADE=1 takes the newest."""
-    uv = next(
-        (
-            found
-            for found in (ROOT / ".venv/bin/uv", shutil.which("uv"))
-            if found and Path(found).exists()
-        ),
-        None,
-    )
+    uv = next((found for found in (ROOT / ".venv/bin/uv", shutil.which("uv")) if found and Path(found).exists()), None)
     if not uv:
         raise ImageError("uv is missing: make venv")
-    common, cuda = (
-        ROOT / "image/requirements.lock",
-        ROOT / "image/requirements-cuda.lock",
-    )
+    common, cuda = ROOT / "image/requirements.lock", ROOT / "image/requirements-cuda.lock"
     # torch's own lines go first: without its local part their version would mean the CUDA build.
-    pins = (
-        {}
-        if choice("UPGRADE")
-        else versions(common.read_text()) | versions(cuda.read_text())
-    )
-    pins = {
-        name: version
-        for name, version in pins.items()
-        if name not in ("torch", "torchvision")
-    }
+    pins = {} if choice("UPGRADE") else versions(common.read_text()) | versions(cuda.read_text())
+    pins = {name: version for name, version in pins.items() if name not in ("torch", "torchvision")}
     folder = wheel_folder()
-    found = compiled(
-        str(uv),
-        pins,
-        ["--find-links", str(folder)] if folder else ["--torch-backend", "cpu"],
-    )
+    found = compiled(str(uv), pins, ["--find-links", str(folder)] if folder else ["--torch-backend", "cpu"])
     write_lock(common, found)
     # The CUDA build of the registry adds NVIDIA's packages; the rest is the same.
     both = compiled(str(uv), found | pins, [])
-    write_lock(
-        cuda, {name: version for name, version in both.items() if name not in found}
-    )
+    write_lock(cuda, {name: version for name, version in both.items() if name not in found})
 
 
 def versions(text: str) -> dict[str, str]:
@@ -556,9 +417,7 @@ def compiled(uv: str, pins: dict[str, str], sources: list[str]) -> dict[str, str
 
 
 def write_lock(target: Path, pins: dict[str, str]) -> None:
-    target.write_text(
-        "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))
-    )
+    target.write_text("".join(f"{name}=={version}\n" for name, version in sorted(pins.items())))
     print(f"wrote {target.relative_to(ROOT)}, {len(pins)} packages")
 
 
@@ -569,11 +428,7 @@ def archived(tool: str, command: list[str], placeholder: str) -> None:
     archive.unlink(missing_ok=True)
     try:
         save = ["buildah", "push", name(), f"docker-archive:{archive}:{name()}"]
-        call(
-            save
-            if tool == "buildah"
-            else [tool, "save", "--output", str(archive), name()]
-        )
+        call(save if tool == "buildah" else [tool, "save", "--output", str(archive), name()])
         call([word.replace(placeholder, str(archive)) for word in command])
     finally:
         archive.unlink(missing_ok=True)
@@ -583,16 +438,7 @@ def sbom() -> None:
     target = ROOT / "dist" / f"{name().replace('/', '-').replace(':', '-')}.sbom.json"
     commands = {
         "syft": ["syft", "docker-archive:ARCHIVE", "--output", f"spdx-json={target}"],
-        "trivy": [
-            "trivy",
-            "image",
-            "--input",
-            "ARCHIVE",
-            "--format",
-            "spdx-json",
-            "--output",
-            str(target),
-        ],
+        "trivy": ["trivy", "image", "--input", "ARCHIVE", "--format", "spdx-json", "--output", str(target)],
     }
     inspect(commands, "an SBOM")
     print(f"wrote {target.relative_to(ROOT)}")
@@ -601,42 +447,23 @@ def sbom() -> None:
 def scan() -> None:
     failing = ["--exit-code=1"]
     commands = {
-        "trivy": [
-            "trivy",
-            "image",
-            "--input",
-            "ARCHIVE",
-            "--ignore-unfixed",
-            "--severity=HIGH,CRITICAL",
-            *failing,
-        ],
+        "trivy": ["trivy", "image", "--input", "ARCHIVE", "--ignore-unfixed", "--severity=HIGH,CRITICAL", *failing],
         "grype": ["grype", "docker-archive:ARCHIVE", "--only-fixed", "--fail-on=high"],
     }
     inspect(commands, "a scan")
 
 
 def inspect(commands: dict[str, list[str]], what: str) -> None:
-    found = next(
-        (command for tool, command in commands.items() if shutil.which(tool)), None
-    )
+    found = next((command for tool, command in commands.items() if shutil.which(tool)), None)
     if not found:
-        raise ImageError(
-            f"{what} needs {' or '.join(commands)} on the path: install one"
-        )
+        raise ImageError(f"{what} needs {' or '.join(commands)} on the path: install one")
     tool = engine()
     must_exist(tool)
     archived(tool, found, "ARCHIVE")
 
 
 def main() -> int:
-    actions = {
-        "build": build,
-        "push": push,
-        "load": load,
-        "sbom": sbom,
-        "scan": scan,
-        "lock": lock,
-    }
+    actions = {"build": build, "push": push, "load": load, "sbom": sbom, "scan": scan, "lock": lock}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=actions)
     try:

@@ -72,20 +72,14 @@ KEEP = ("triton/",)
 def site_packages(prefix: Path) -> Path:
     found = sorted(prefix.glob("lib/python3.*/site-packages"))
     if len(found) != 1:
-        sys.exit(
-            f"error: {prefix} is not an environment: {len(found)} site-packages folders in it"
-        )
+        sys.exit(f"error: {prefix} is not an environment: {len(found)} site-packages folders in it")
     return found[0]
 
 
 def size(path: Path) -> int:
     """Bytes on disk, as du counts them."""
     own = path.lstat().st_blocks * 512
-    return own + (
-        sum(size(child) for child in path.iterdir())
-        if path.is_dir() and not path.is_symlink()
-        else 0
-    )
+    return own + (sum(size(child) for child in path.iterdir()) if path.is_dir() and not path.is_symlink() else 0)
 
 
 def prune(site: Path, patterns: dict[str, str]) -> Counter[str]:
@@ -108,10 +102,7 @@ def is_elf(path: Path) -> bool:
 def maps_to_pages(path: Path) -> bool:
     """Whether the loader can map the file: strip misplaces segments of libraries whose paths were patched."""
     data = path.read_bytes()
-    table, entry, count = (
-        *struct.unpack_from("<Q", data, 32),
-        *struct.unpack_from("<HH", data, 54),
-    )
+    table, entry, count = *struct.unpack_from("<Q", data, 32), *struct.unpack_from("<HH", data, 54)
     for start in range(table, table + entry * count, entry):
         kind, _, offset, address = struct.unpack_from("<IIQQ", data, start)
         if kind == 1 and (offset - address) % 4096:  # PT_LOAD
@@ -123,12 +114,7 @@ def strip(prefix: Path) -> int:
     """Strip debug symbols and local symbol tables; bytes freed."""
     freed = 0
     for path in sorted(prefix.rglob("*")):
-        if (
-            path.is_symlink()
-            or not path.is_file()
-            or path.stat().st_size < 65536
-            or not is_elf(path)
-        ):
+        if path.is_symlink() or not path.is_file() or path.stat().st_size < 65536 or not is_elf(path):
             continue
         stripped = path.with_name(f"{path.name}.stripped")
         command = ["strip", "--strip-unneeded", "-o", str(stripped), str(path)]
@@ -153,9 +139,7 @@ def compile_bytecode(files: list[Path], elsewhere: Path | None = None) -> int:
         if elsewhere is not None:
             cache = elsewhere / cache.relative_to("/")
         mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
-        py_compile.compile(
-            str(file), cfile=str(cache), doraise=True, invalidation_mode=mode
-        )
+        py_compile.compile(str(file), cfile=str(cache), doraise=True, invalidation_mode=mode)
         added += size(cache)
     return added
 
@@ -169,20 +153,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prefix", type=Path, help="the environment")
     parser.add_argument("--variant", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--warm",
-        type=Path,
-        help="script that prints the files to compile; default: compile all",
-    )
-    parser.add_argument(
-        "--base-bytecode", type=Path, help="where to put the bytecode of files outside"
-    )
-    parser.add_argument(
-        "--epoch",
-        type=int,
-        default=1_700_000_000,
-        help="time stamp of every file, seconds since 1970",
-    )
+    parser.add_argument("--warm", type=Path, help="script that prints the files to compile; default: compile all")
+    parser.add_argument("--base-bytecode", type=Path, help="where to put the bytecode of files outside")
+    parser.add_argument("--epoch", type=int, default=1_700_000_000, help="time stamp of every file, seconds since 1970")
     arguments = parser.parse_args()
     prefix = arguments.prefix
     site = site_packages(prefix)
@@ -201,11 +174,7 @@ def main() -> None:
     added = compile_bytecode([file for file in files if file.is_relative_to(prefix)])
     if arguments.base_bytecode:
         arguments.base_bytecode.mkdir(parents=True, exist_ok=True)
-        outside = [
-            file
-            for file in files
-            if not file.is_relative_to(prefix) and file != arguments.warm.resolve()
-        ]
+        outside = [file for file in files if not file.is_relative_to(prefix) and file != arguments.warm.resolve()]
         added += compile_bytecode(outside, arguments.base_bytecode)
         settle(arguments.base_bytecode, arguments.epoch)
     print(f"  +{added / 1e6:7.1f} MB  bytecode")

@@ -22,12 +22,7 @@ GRACE = 30  # seconds from SIGTERM to SIGKILL: what Kubernetes gives by default
 LIMIT = 240  # seconds one training may take
 # As small as training gets: ten steps an epoch.
 DATA = "synthetic:320:100"
-SETTINGS = (
-    "global_batch=32",
-    "micro_batch=16",
-    "hardware.threads=1",
-    "log.every_seconds=0.1",
-)
+SETTINGS = ("global_batch=32", "micro_batch=16", "hardware.threads=1", "log.every_seconds=0.1")
 
 
 class Smoke:
@@ -55,34 +50,21 @@ class Smoke:
 
     def engine(self, *arguments: str, check: bool = True) -> str:
         """Run the engine; returns its output, of both kinds."""
-        done = subprocess.run(
-            [self.tool, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        done = subprocess.run([self.tool, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if check and done.returncode:
-            raise image.ImageError(
-                f"{self.tool} {arguments[0]} failed: {done.stdout.strip()[-2000:]}"
-            )
+            raise image.ImageError(f"{self.tool} {arguments[0]} failed: {done.stdout.strip()[-2000:]}")
         return done.stdout.strip()
 
-    def start(
-        self, name: str, *command: str, entrypoint: str = "", detach: bool = False
-    ) -> str:
+    def start(self, name: str, *command: str, entrypoint: str = "", detach: bool = False) -> str:
         """Run a container as the chart's pods are: read-only, without privileges, with limits."""
         hardened = ("--read-only", "--user=1000:1000", "--cap-drop=ALL", "--security-opt=no-new-privileges",
                     "--memory=2g", "--shm-size=64m", "--tmpfs=/tmp", f"--network={self.prefix}")  # fmt: skip
-        volumes = [
-            f"--volume={self.prefix}-{volume}:/{volume}" for volume in ("data", "runs")
-        ]
+        volumes = [f"--volume={self.prefix}-{volume}:/{volume}" for volume in ("data", "runs")]
         options = [*hardened, *volumes, f"--name={name}", f"--hostname={name}"]
         options += [f"--entrypoint={entrypoint}"] if entrypoint else []
         if detach:
             self.containers.append(name)
-        return self.engine(
-            "run", "--detach" if detach else "--rm", *options, self.name, *command
-        )
+        return self.engine("run", "--detach" if detach else "--rm", *options, self.name, *command)
 
     def once(self, *command: str, entrypoint: str = "") -> str:
         return self.start(f"{self.prefix}-once", *command, entrypoint=entrypoint)
@@ -109,9 +91,7 @@ class Smoke:
         while time.monotonic() < end:
             for line in self.logs(node).splitlines():
                 if " step " in line and "loss" in line:
-                    return moment(line.split(" ", 1)[0]) - moment(
-                        self.state(node, "StartedAt")
-                    )
+                    return moment(line.split(" ", 1)[0]) - moment(self.state(node, "StartedAt"))
             if self.state(node, "Running") != "true":
                 break
             time.sleep(0.5)
@@ -122,16 +102,12 @@ class Smoke:
         end = time.monotonic() + LIMIT
         while any(self.state(node, "Running") == "true" for node in nodes):
             if time.monotonic() > end:
-                raise image.ImageError(
-                    f"{nodes[0]} still runs after {LIMIT} s:\n{self.logs(nodes[0])}"
-                )
+                raise image.ImageError(f"{nodes[0]} still runs after {LIMIT} s:\n{self.logs(nodes[0])}")
             time.sleep(0.5)
         for node in nodes:
             code = int(self.state(node, "ExitCode"))
             if code != expected:
-                raise image.ImageError(
-                    f"{node} exited with {code}, not {expected}:\n{self.logs(node)}"
-                )
+                raise image.ImageError(f"{node} exited with {code}, not {expected}:\n{self.logs(node)}")
 
 
 def moment(text: str) -> float:
@@ -142,9 +118,7 @@ def moment(text: str) -> float:
     text = text.replace("Z", "+0000")
     head, zone = text[:19], text[-5:] if text[-3] != ":" else text[-6:].replace(":", "")
     fraction = text[19:-5].split("+")[0].split("-")[0] if "." in text else ".0"
-    return datetime.strptime(head + zone, "%Y-%m-%dT%H:%M:%S%z").timestamp() + float(
-        f"0{fraction}"
-    )
+    return datetime.strptime(head + zone, "%Y-%m-%dT%H:%M:%S%z").timestamp() + float(f"0{fraction}")
 
 
 def expect(condition: bool, what: str) -> None:
@@ -173,40 +147,22 @@ def trains_to_the_end(smoke: Smoke) -> None:
     expect(True, "both nodes exit with 0")
     summary = json.loads(smoke.once("/runs/end/summary.json", entrypoint="cat"))
     expect(summary["world_size"] == 2, "two ranks trained together")
-    expect(
-        0 <= summary["accuracy"] <= 1,
-        f"the summary has the accuracy, {summary['accuracy']:.1%}",
-    )
+    expect(0 <= summary["accuracy"] <= 1, f"the summary has the accuracy, {summary['accuracy']:.1%}")
     again = smoke.once("evaluate", "/runs/end", "--data-dir=/data", "--json")
     accuracy = json.loads(again[again.index("{") : again.rindex("}") + 1])["accuracy"]
-    expect(
-        abs(accuracy - summary["accuracy"]) < 0.02,
-        f"`evaluate` finds the same accuracy, {accuracy:.1%}",
-    )
+    expect(abs(accuracy - summary["accuracy"]) < 0.02, f"`evaluate` finds the same accuracy, {accuracy:.1%}")
 
 
 def serves_tensorboard(smoke: Smoke) -> None:
     node = f"{smoke.prefix}-tensorboard"
-    smoke.start(
-        node,
-        "--",
-        "tensorboard",
-        "--logdir=/runs",
-        "--port=6006",
-        entrypoint="tini",
-        detach=True,
-    )
+    smoke.start(node, "--", "tensorboard", "--logdir=/runs", "--port=6006", entrypoint="tini", detach=True)
     fetch = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:6006/data/runs', timeout=5).read().decode())"
     answer, end = "", time.monotonic() + 60
     while '"end"' not in answer:
         if time.monotonic() > end or smoke.state(node, "Running") != "true":
-            raise image.ImageError(
-                f"TensorBoard shows no run: {answer}\n{smoke.logs(node)}"
-            )
+            raise image.ImageError(f"TensorBoard shows no run: {answer}\n{smoke.logs(node)}")
         time.sleep(1)
-        answer = smoke.engine(
-            "exec", node, "python", "-c", fetch, check=False
-        ).rpartition("\n")[2]
+        answer = smoke.engine("exec", node, "python", "-c", fetch, check=False).rpartition("\n")[2]
     expect(True, f"TensorBoard lists the run: {answer}")
     smoke.engine("rm", "--force", node)
 
@@ -218,10 +174,7 @@ def stops_in_time(smoke: Smoke) -> None:
     smoke.engine("stop", f"--time={GRACE}", *nodes)
     seconds = time.monotonic() - started
     smoke.wait(nodes, STOPPED)
-    expect(
-        seconds < GRACE,
-        f"SIGTERM ends both nodes in {seconds:.1f} s (of {GRACE}) with exit code {STOPPED}",
-    )
+    expect(seconds < GRACE, f"SIGTERM ends both nodes in {seconds:.1f} s (of {GRACE}) with exit code {STOPPED}")
     listing = smoke.once("-R", "/runs/stop", entrypoint="ls")
     expect(".pt" in listing, "a checkpoint is there to resume from")
 

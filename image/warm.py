@@ -42,9 +42,7 @@ def configure() -> None:
     import pydantic
 
     class Settings(pydantic.BaseModel):
-        model_config = pydantic.ConfigDict(
-            extra="forbid", use_attribute_docstrings=True
-        )
+        model_config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
         count: int = pydantic.Field(1, ge=1)
         names: list[str] | None = None
 
@@ -66,27 +64,18 @@ def train(folder: Path) -> None:
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     network = resnet18(num_classes=10).to(memory_format=torch.channels_last)
-    network = DistributedDataParallel(
-        network, static_graph=True, gradient_as_bucket_view=True
-    )
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=0.1, momentum=0.9, nesterov=True
-    )
+    network = DistributedDataParallel(network, static_graph=True, gradient_as_bucket_view=True)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     labels = torch.arange(4)
     pictures = v2.RandomHorizontalFlip()(torch.randn(4, 3, 32, 32))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = torch.nn.functional.cross_entropy(
-            network(pictures), labels, label_smoothing=0.1
-        )
+        loss = torch.nn.functional.cross_entropy(network(pictures), labels, label_smoothing=0.1)
     loss.backward()
     optimizer.step()
     accuracy = metrics.MulticlassAccuracy(10)
     accuracy.update(network(pictures).detach().float(), labels)
     accuracy.compute()
-    torch.save(
-        {"model": network.module.state_dict(), "random": torch.get_rng_state()},
-        folder / "checkpoint.pt",
-    )
+    torch.save({"model": network.module.state_dict(), "random": torch.get_rng_state()}, folder / "checkpoint.pt")
     torch.load(folder / "checkpoint.pt", weights_only=True)
     save_file({"weight": network.module.fc.weight}, folder / "model.safetensors")
     figure, axes = plt.subplots()
@@ -106,17 +95,7 @@ def tensorboard(folder: Path) -> None:
     from tensorboard import program
 
     server = program.TensorBoard()
-    server.configure(
-        argv=[
-            "tensorboard",
-            "--logdir",
-            str(folder),
-            "--port",
-            "0",
-            "--load_fast",
-            "false",
-        ]
-    )
+    server.configure(argv=["tensorboard", "--logdir", str(folder), "--port", "0", "--load_fast", "false"])
     with urllib.request.urlopen(server.launch() + "data/runs", timeout=30) as answer:
         answer.read()
 
@@ -130,16 +109,10 @@ def main() -> None:
         configure()
         train(Path(folder))
         tensorboard(Path(folder))
-        found = {
-            getattr(module, "__file__", None) for module in list(sys.modules.values())
-        }
+        found = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     with os.fdopen(files, "w") as output:
         # Some of torch's modules name a file that is not there.
-        files_found = sorted(
-            name
-            for name in filter(None, found)
-            if name.endswith(".py") and os.path.isabs(name)
-        )
+        files_found = sorted(name for name in filter(None, found) if name.endswith(".py") and os.path.isabs(name))
         output.writelines(f"{name}\n" for name in files_found)
         output.flush()
     os._exit(0)  # TensorBoard's server thread has no stop
