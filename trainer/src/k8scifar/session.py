@@ -30,11 +30,13 @@ class Session:
     Raises UserError where ranks, data, configuration and checkpoint do not fit each other.
     """
 
-    def __init__(self, config: Config, manifest: packed.Manifest, world: World, found: bytes | None) -> None:
+    def __init__(
+        self, config: Config, manifest: packed.Manifest, plan: Plan, world: World, found: bytes | None
+    ) -> None:
         self.config, self.manifest, self.world = config, manifest, world
         self.folder = records.RunFolder(config.run_dir)
         self.precision = parallel.resolve_precision(config, world)
-        self.plan = Plan(config, manifest.counts["train"])
+        self.plan = plan
         self.splits = {name: packed.read(Path(config.data.dir), manifest, name) for name in packed.SPLITS}
         self.train_pictures = self._on_device("train", border=config.augment.translate)
         self.test_pictures = self._on_device("test")

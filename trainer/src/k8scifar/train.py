@@ -17,6 +17,7 @@ from k8scifar import model, optim, parallel, records, settings
 from k8scifar.data.prepare import require
 from k8scifar.errors import PREEMPTED, TrainingError
 from k8scifar.evaluate import Stopped
+from k8scifar.plan import Plan
 from k8scifar.session import Session, find
 
 add_arguments = settings.add_arguments
@@ -30,13 +31,14 @@ def run(args: argparse.Namespace) -> int:
     """`k8scifar train`: one rank."""
     config = settings.from_arguments(args)
     manifest = require(Path(config.data.dir))
+    plan = Plan(config, manifest.counts["train"])
     with parallel.join(config) as world:
         finished, checkpoint = find(config, manifest, world)
         if finished:
             if world.leads:
                 records.say(f"already finished: {records.describe(finished, config.run_dir)}")
             return 0
-        session = Session(config, manifest, world, checkpoint)
+        session = Session(config, manifest, plan, world, checkpoint)
         try:
             with _sigterm() as stop:
                 train(session, stop)
