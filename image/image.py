@@ -13,17 +13,31 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-ROOT = Path(__file__).resolve().parents[1]
+from engine import (
+    ROOT,
+    ImageError,
+    call,
+    choice,
+    engine,
+    git,
+    must_exist,
+    name,
+    remote_name,
+    run,
+    variant,
+    version,
+    wheel_folder,
+)
+from inspection import sbom, scan
+from lock import lock
+
 DOCKERFILE = "image/Dockerfile"
-ENGINES = ("docker", "podman", "buildah")
-VARIANTS = ("cpu", "cuda")
 # Free space a build takes while it runs: the wheels, the packages twice, the image.
 NEEDED = {"cpu": 4e9, "cuda": 20e9}
 NO_SPACE = re.compile(r"no space left on device|disk quota exceeded", re.I)
@@ -33,88 +47,6 @@ NO_BASE = re.compile(
     re.I,
 )
 NOT_MULTI = re.compile(r"multi-platform build is not supported|does not support exporting", re.I)
-
-
-class ImageError(Exception):
-    """One line that says what is wrong and what to do."""
-
-
-def choice(name: str, default: str = "") -> str:
-    return os.environ.get(name, "").strip() or default
-
-
-def run(command: Sequence[str], **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, text=True, capture_output=True, **options)
-
-
-# --- the engine
-
-
-def engine(needs_run: bool = False) -> str:
-    """The container engine to use: ENGINE, or the first that is installed and answers. Raises ImageError."""
-    usable = [name for name in ENGINES if not (needs_run and name == "buildah")]
-    asked = choice("ENGINE")
-    if asked and asked not in usable:
-        raise ImageError(f"ENGINE={asked} will not do here: {', '.join(usable)}")
-    installed = [name for name in ([asked] if asked else usable) if shutil.which(name)]
-    if not installed:
-        what = f"ENGINE={asked} is not installed" if asked else "no container engine found"
-        raise ImageError(f"{what}: install {' or '.join(usable)}")
-    silent = []
-    for name in installed:
-        reason = why_silent(name)
-        if reason is None:
-            return name
-        silent.append(f"{name} is installed but does not answer ({reason})")
-    raise ImageError("; ".join(silent) + "; start it, e.g. sudo systemctl start docker")
-
-
-def why_silent(name: str) -> str | None:
-    """Why an installed engine can't be used; None: it can."""
-    command = {"docker": ["version", "--format", "{{.Server.Version}}"], "podman": ["info"], "buildah": ["info"]}[name]
-    answer = run([name, *command])
-    if answer.returncode == 0:
-        return None
-    lines = [line for line in (answer.stderr or answer.stdout).strip().splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else f"exit code {answer.returncode}"
-    return "you may not use its socket: join the group docker, or use sudo" if "permission denied" in last else last
-
-
-# --- names
-
-
-def version() -> str:
-    text = (ROOT / "trainer/src/k8scifar/__init__.py").read_text()
-    found = re.search(r'__version__ = "([^"]+)"', text)
-    if not found:
-        raise ImageError("no __version__ in trainer/src/k8scifar/__init__.py")
-    return found[1]
-
-
-def variant() -> str:
-    value = choice("VARIANT", "cpu")
-    if value not in VARIANTS:
-        raise ImageError(f"unknown VARIANT '{value}': {' or '.join(VARIANTS)}")
-    return value
-
-
-def name() -> str:
-    """The image's name and tag, without a registry; the CUDA build has its own tag."""
-    tag = choice("TAG", version() + ("" if variant() == "cpu" else f"-{variant()}"))
-    return f"{choice('IMAGE', 'k8scifar')}:{tag}"
-
-
-def remote_name() -> str:
-    registry = choice("REGISTRY").rstrip("/")
-    if not registry:
-        raise ImageError("REGISTRY is missing: make push REGISTRY=host/name")
-    if "://" in registry or re.search(r"\s", registry):
-        raise ImageError(f"REGISTRY '{registry}' must be host/name, without a scheme or spaces")
-    return f"{registry}/{name()}"
-
-
-def git(*arguments: str) -> str:
-    return run(["git", "-C", str(ROOT), *arguments]).stdout.strip() if shutil.which("git") else ""
 
 
 def source() -> str:
@@ -142,32 +74,12 @@ def build_arguments() -> dict[str, str]:
     return {key: value for key, value in values.items() if value}
 
 
-# --- build
-
-
 def platforms() -> list[str]:
     values = [value.strip() for value in choice("PLATFORMS").split(",") if value.strip()]
     for value in values:
         if not re.fullmatch(r"linux/[a-z0-9]+(/v\d)?", value):
             raise ImageError(f"PLATFORMS has '{value}': linux/amd64 or linux/arm64, with commas between")
     return values
-
-
-def wheel_folder() -> Path | None:
-    """The folder of wheels that pip is configured with here, if torch is in it; WHEELS says another."""
-    asked = choice("WHEELS")
-    if asked:
-        if not list(Path(asked).glob("*.whl")):
-            raise ImageError(f"WHEELS={asked} has no wheels in it")
-        return Path(asked)
-    if variant() == "cuda":  # what pip finds here may be the CPU build
-        return None
-    for key in (":env:.find-links", "global.find-links"):
-        for word in run([sys.executable, "-m", "pip", "config", "get", key]).stdout.split():
-            folder = Path(word.removeprefix("file://"))
-            if folder.is_dir() and list(folder.glob("torch-*.whl")):
-                return folder
-    return None
 
 
 @contextmanager
@@ -289,15 +201,6 @@ def size_text(tool: str) -> str:
     return f", {int(size) / 1e6:.0f} MB unpacked" if size.isdigit() else ""
 
 
-def must_exist(tool: str) -> None:
-    check = ["inspect", "--type", "image"] if tool == "buildah" else ["image", "inspect"]
-    if run([tool, *check, name()]).returncode:
-        raise ImageError(f"there is no image {name()}: make image")
-
-
-# --- push, load
-
-
 def push() -> None:
     target = remote_name()
     tool = engine()
@@ -314,11 +217,6 @@ def push() -> None:
             call([tool, "push", target])
     repository, _, tag = target.rpartition(":")
     print(f"pushed {target}; for helm: --set image.repository={repository} --set image.tag={tag}")
-
-
-def call(command: Sequence[str], **options) -> None:
-    if subprocess.run(command, **options).returncode:
-        raise ImageError(f"'{' '.join(command[:3])}' failed; its messages are above")
 
 
 def cluster() -> str:
@@ -375,91 +273,6 @@ def kind_cluster() -> list[str]:
     """kind's cluster of kubectl's current context, where it is one of kind's."""
     context = run(["kubectl", "config", "current-context"]).stdout.strip() if shutil.which("kubectl") else ""
     return ["--name", context.removeprefix("kind-")] if context.startswith("kind-") else []
-
-
-# --- what is in it
-
-
-def lock() -> None:
-    """Renew the locks: the versions they have, where they still fit; UPGRADE=1 takes the newest."""
-    uv = next((found for found in (ROOT / ".venv/bin/uv", shutil.which("uv")) if found and Path(found).exists()), None)
-    if not uv:
-        raise ImageError("uv is missing: make venv")
-    common, cuda = ROOT / "image/requirements.lock", ROOT / "image/requirements-cuda.lock"
-    # torch's own lines go first: without its local part their version would mean the CUDA build.
-    pins = {} if choice("UPGRADE") else versions(common.read_text()) | versions(cuda.read_text())
-    pins = {name: version for name, version in pins.items() if name not in ("torch", "torchvision")}
-    folder = wheel_folder()
-    found = compiled(str(uv), pins, ["--find-links", str(folder)] if folder else ["--torch-backend", "cpu"])
-    write_lock(common, found)
-    # The CUDA build of the registry adds NVIDIA's packages; the rest is the same.
-    both = compiled(str(uv), found | pins, [])
-    write_lock(cuda, {name: version for name, version in both.items() if name not in found})
-
-
-def versions(text: str) -> dict[str, str]:
-    """The pins of a lock. CPU and CUDA builds are one version: which is taken is the variant's choice."""
-    return dict(re.findall(r"(?m)^([a-z0-9.-]+)==([^+\s]+)", text))
-
-
-def compiled(uv: str, pins: dict[str, str], sources: list[str]) -> dict[str, str]:
-    """All packages that the project needs, in the pinned versions as far as they fit."""
-    with tempfile.NamedTemporaryFile("w+", suffix=".txt") as output:
-        output.writelines(f"{name}=={version}\n" for name, version in pins.items())
-        output.flush()
-        call(
-            [uv, "pip", "compile", "--quiet", "--python-version", choice("PYTHON_VERSION", "3.11"), *sources,
-             "--python-platform", "linux", "--constraint", "trainer/constraints.txt", "--output-file", output.name,
-             "trainer/pyproject.toml"],
-            cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"UV_FIND_LINKS": ""},
-        )  # fmt: skip
-        return versions(Path(output.name).read_text())
-
-
-def write_lock(target: Path, pins: dict[str, str]) -> None:
-    target.write_text("".join(f"{name}=={version}\n" for name, version in sorted(pins.items())))
-    print(f"wrote {target.relative_to(ROOT)}, {len(pins)} packages")
-
-
-def archived(tool: str, command: list[str], placeholder: str) -> None:
-    """Run a scanner on the image as a file, which every engine can write."""
-    archive = ROOT / "dist" / "image.tar"
-    archive.parent.mkdir(exist_ok=True)
-    archive.unlink(missing_ok=True)
-    try:
-        save = ["buildah", "push", name(), f"docker-archive:{archive}:{name()}"]
-        call(save if tool == "buildah" else [tool, "save", "--output", str(archive), name()])
-        call([word.replace(placeholder, str(archive)) for word in command])
-    finally:
-        archive.unlink(missing_ok=True)
-
-
-def sbom() -> None:
-    target = ROOT / "dist" / f"{name().replace('/', '-').replace(':', '-')}.sbom.json"
-    commands = {
-        "syft": ["syft", "docker-archive:ARCHIVE", "--output", f"spdx-json={target}"],
-        "trivy": ["trivy", "image", "--input", "ARCHIVE", "--format", "spdx-json", "--output", str(target)],
-    }
-    inspect(commands, "an SBOM")
-    print(f"wrote {target.relative_to(ROOT)}")
-
-
-def scan() -> None:
-    failing = ["--exit-code=1"]
-    commands = {
-        "trivy": ["trivy", "image", "--input", "ARCHIVE", "--ignore-unfixed", "--severity=HIGH,CRITICAL", *failing],
-        "grype": ["grype", "docker-archive:ARCHIVE", "--only-fixed", "--fail-on=high"],
-    }
-    inspect(commands, "a scan")
-
-
-def inspect(commands: dict[str, list[str]], what: str) -> None:
-    found = next((command for tool, command in commands.items() if shutil.which(tool)), None)
-    if not found:
-        raise ImageError(f"{what} needs {' or '.join(commands)} on the path: install one")
-    tool = engine()
-    must_exist(tool)
-    archived(tool, found, "ARCHIVE")
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import re
 import subprocess
@@ -21,18 +21,8 @@ ROOT = Path(__file__).parents[2]
 IMAGE = ROOT / "image"
 
 
-def module(name: str):
-    """A script of image/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, IMAGE / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-image = module("image")
-prune = module("prune")
-smoke = module("smoke")
+sys.path.insert(0, str(IMAGE))
+image, prune, smoke = (importlib.import_module(name) for name in ("image", "prune", "smoke"))
 
 
 class Stage:
@@ -323,7 +313,7 @@ def test_cuda_lock_adds_to_the_common_one():
 def test_cuda_takes_no_wheels_that_pip_knows_of(tmp_path, monkeypatch):
     (tmp_path / "torch-9.9+cpu-py3-none-any.whl").write_text("wheel")
     monkeypatch.delenv("WHEELS", raising=False)
-    monkeypatch.setattr(image, "run", lambda command: subprocess.CompletedProcess(command, 0, f"{tmp_path}\n", ""))
+    monkeypatch.setattr("engine.run", lambda command: subprocess.CompletedProcess(command, 0, f"{tmp_path}\n", ""))
     assert image.wheel_folder() == tmp_path
     monkeypatch.setenv("VARIANT", "cuda")
     assert image.wheel_folder() is None
