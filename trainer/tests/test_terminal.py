@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import signal
+import struct
 import subprocess
+import termios
 
 import pytest
 from conftest import cli_command
@@ -17,6 +20,7 @@ from k8scifar import checkpoint
 def terminal(tiny_config, tiny_data, tmp_path):
     """A training by `launch` whose stderr is a terminal: (process, function that reads on until it sees a text)."""
     outer, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # rows and columns
     paths = ("--config", str(tiny_config), "--data-dir", str(tiny_data), "--runs-dir", str(tmp_path), "--name", "run")
     command = cli_command("launch", "--nproc-per-node", "2", *paths, "--set", "epochs=3")
     process = subprocess.Popen(command, stderr=inner, stdout=inner, stdin=inner, start_new_session=True)
