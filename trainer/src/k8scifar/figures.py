@@ -27,7 +27,7 @@ def confusion(matrix: torch.Tensor, classes: list[str]) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     shares = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1) * 100
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.set_xlabel("predicted")

@@ -44,11 +44,10 @@ class World:
 def join(config: Config) -> Iterator[World]:
     """Join the process group that torchrun's environment describes; leave it at the end.
 
-    Raises UserError where the world is not the configured one, TrainingError where peers do not come in time.
+    Raises UserError where the environment makes no sense, TrainingError where peers do not come in time.
     """
     rank, size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
-    check_size(config, size)
     device = _device(config, local_rank)
     torch.set_num_threads(config.hardware.threads or max(1, available_cores() // local_size))
     if config.distributed.interface:
@@ -69,9 +68,9 @@ def join(config: Config) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def check_size(config: Config, size: int) -> None:
-    """Raise UserError unless `size` ranks are what the configuration says and can share a global batch."""
-    wanted = config.distributed.world_size
+def check_size(config: Config) -> None:
+    """Raise UserError unless there are as many ranks as the configuration says, and they can share a global batch."""
+    size, wanted = _integer("WORLD_SIZE", 1), config.distributed.world_size
     if wanted and wanted != size:
         raise UserError(
             f"WORLD_SIZE is {size}, but distributed.world_size is {wanted}; start {wanted} ranks "

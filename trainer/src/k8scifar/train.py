@@ -30,6 +30,7 @@ class Preempted(Exception):
 def run(args: argparse.Namespace) -> int:
     """`k8scifar train`: one rank."""
     config = settings.from_arguments(args)
+    parallel.check_size(config)
     manifest = require(Path(config.data.dir))
     plan = Plan(config, manifest.counts["train"])
     with parallel.join(config) as world:
