@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from k8scifar import processes
 from k8scifar.config import Config, check_world_size
 from k8scifar.errors import PeersDiffer, RankError, TrainingError, UserError
 
@@ -49,7 +50,7 @@ def join(config: Config) -> Iterator[World]:
     rank, size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
     device = _device(config, local_rank)
-    torch.set_num_threads(config.hardware.threads or max(1, available_cores() // local_size))
+    torch.set_num_threads(config.hardware.threads or max(1, processes.usable_cpus() // local_size))
     if config.distributed.interface:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = config.distributed.interface
     backend = config.distributed.backend
@@ -182,16 +183,6 @@ class Agreement:
 def barrier(world: World) -> None:
     """Wait for all ranks."""
     dist.barrier(group=world.host_group)
-
-
-def available_cores() -> int:
-    """Cores this process may use: its affinity, and its container's CPU limit (cgroup v2), at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, -(-int(quota) // int(period)))
-    return max(1, cores)
 
 
 def first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import k8scifar
-from k8scifar import model
+from k8scifar import completion, model
 from k8scifar.config import Config
 from k8scifar.data.packed import Manifest, Split
 from k8scifar.errors import TrainingError, UserError
@@ -29,7 +29,6 @@ from k8scifar.plan import Plan
 from k8scifar.state import State
 from k8scifar.trained import WEIGHTS, Trained, export
 
-SUMMARY = "summary.json"
 WORST = 32  # mistakes shown
 
 
@@ -53,10 +52,7 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, None where there is none that can be read."""
-        try:
-            return json.loads((self.path / SUMMARY).read_bytes())
-        except (OSError, ValueError):
-            return None
+        return completion.summary(self.path)
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl anew: after a resume it holds each epoch once. Raises TrainingError."""
@@ -64,7 +60,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the mark of a finished run. Raises TrainingError."""
-        self._write(SUMMARY, json.dumps(summary, indent=1) + "\n")
+        self._write(completion.MARKER, json.dumps(summary, indent=1) + "\n")
 
     def is_finished(self, summary: dict[str, Any], config: Config, manifest: Manifest) -> bool:
         """Whether a run with this summary has nothing left to do; False if `config` asks for more epochs.
@@ -95,7 +91,7 @@ class RunFolder:
 
     def forget_summary(self) -> None:
         """Remove the mark: the run goes on."""
-        (self.path / SUMMARY).unlink(missing_ok=True)
+        (self.path / completion.MARKER).unlink(missing_ok=True)
 
     def _write(self, name: str, text: str) -> None:
         try:

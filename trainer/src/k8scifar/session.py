@@ -45,7 +45,7 @@ class Session:
             self.state.restore(checkpoint.decode(found, "the checkpoint"))
         self.first_step = self.state.step
         self.agreement = parallel.Agreement(world, ("stop", "save", "bad"))
-        self.clock = StepClock(world.device)
+        self.clock = StepClock(world.device, running=world.leads)
         self.progress = Progress(self.plan.steps, self.first_step, config.log.every_seconds, world.leads)
         show = world.leads and config.log.tensorboard
         self.board = records.Board(self.folder.path if show else None, self.first_step)
