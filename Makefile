@@ -18,6 +18,8 @@ RUNS_DIR ?= runs
 NAME ?= $(RECIPE)
 ARGS ?=
 TESTS ?= trainer/tests
+KILLS ?= 20
+SEED ?=
 
 ##@ Set-up
 help: ## print every task
@@ -120,6 +122,9 @@ image-test: ## build and smoke-test in a throw-away engine on a home-made base i
 test: $(READY) ## run the tests; TESTS=file picks some, ARGS go to pytest
 	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
+chaos: $(READY) ## strike two-host trainings KILLS=20 times at random and compare the weights (root); SEED= repeats one
+	@$(BIN)/python trainer/tests/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
 lint: $(READY) ## check style and likely mistakes
 	@$(BIN)/ruff check trainer
 	@$(BIN)/ruff check --config trainer/pyproject.toml image
@@ -130,6 +135,6 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix trainer
 	@$(BIN)/ruff format trainer
 
-.PHONY: help venv clean train evaluate tensorboard test lint format \
+.PHONY: help venv clean train evaluate tensorboard test chaos lint format \
 	chart-lint template install uninstall schema chart-docs package \
 	image image-smoke push load sbom scan image-lock image-test

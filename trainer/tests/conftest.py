@@ -83,7 +83,7 @@ def history(folder: Path) -> list[dict]:
     """metrics.jsonl of a run folder, without what differs between two equal runs: times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
-        del record["images_per_second"], record["seconds"]
+        del record["images_per_second"], record["seconds"], record["checkpoint_seconds"]
     return records
 
 

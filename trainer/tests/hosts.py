@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -12,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+
+_pairs = itertools.count()  # several pairs of hosts at once have names of their own
 
 
 def require() -> None:
@@ -28,23 +31,22 @@ def require() -> None:
 def two(names: Sequence[str]) -> Iterator[list[Host]]:
     """Two hosts that see each other under these names; all their processes are killed at the end."""
     require()
-    spaces = [f"k8scifar-{os.getpid()}-{number}" for number in range(2)]
-    hosts = [Host(space, name) for space, name in zip(spaces, names, strict=True)]
+    pair = next(_pairs)
+    spaces = [f"k8scifar-{os.getpid()}-{pair}-{number}" for number in range(2)]
+    hosts = [
+        Host(space, name, f"10.77.0.{number + 1}")
+        for number, (space, name) in enumerate(zip(spaces, names, strict=True))
+    ]
     try:
         for space in spaces:
             _ip("netns", "add", space)
         _ip("link", "add", "eth0", "netns", spaces[0], "type", "veth", "peer", "name", "eth0", "netns", spaces[1])
-        table = ["127.0.0.1 localhost"]
-        for number, (space, name) in enumerate(zip(spaces, names, strict=True)):
-            address = f"10.77.0.{number + 1}"
-            _ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
-            _ip("-n", space, "link", "set", "eth0", "up")
-            _ip("-n", space, "link", "set", "lo", "up")
-            table.append(f"{address} {name} {name.partition('.')[0]}")
-        for space in spaces:  # `ip netns exec` lays these over /etc/hosts
-            folder = Path("/etc/netns") / space
-            folder.mkdir(parents=True)
-            (folder / "hosts").write_text("\n".join(table) + "\n")
+        for host in hosts:
+            _ip("-n", host.space, "addr", "add", f"{host.address}/24", "dev", "eth0")
+            _ip("-n", host.space, "link", "set", "eth0", "up")
+            _ip("-n", host.space, "link", "set", "lo", "up")
+            (Path("/etc/netns") / host.space).mkdir(parents=True)
+            host.know(hosts)
         yield hosts
     finally:
         for host in hosts:
@@ -57,8 +59,14 @@ def two(names: Sequence[str]) -> Iterator[list[Host]]:
 class Host:
     """One network namespace."""
 
-    def __init__(self, space: str, name: str) -> None:
-        self.space, self.name = space, name
+    def __init__(self, space: str, name: str, address: str) -> None:
+        self.space, self.name, self.address = space, name, address
+
+    def know(self, hosts: Sequence[Host]) -> None:
+        """From now on the names of these hosts resolve here, and no others (`ip netns exec` lays the file over)."""
+        table = [f"{host.address} {host.name} {host.name.partition('.')[0]}" for host in hosts]
+        path = Path("/etc/netns") / self.space / "hosts"
+        path.write_text("\n".join(["127.0.0.1 localhost", *table]) + "\n")
 
     def popen(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen:
         """Start a process here, with this host's name; its output is added to `log`."""
@@ -68,18 +76,56 @@ class Host:
         with open(log, "ab") as output:
             return subprocess.Popen(whole, env=dict(environment), stdout=output, stderr=output)
 
-    def processes(self) -> list[int]:
-        """Ids of the processes here."""
+    def processes(self, word: str = "") -> list[int]:
+        """Ids of the processes here whose command line holds `word`, oldest first."""
         done = subprocess.run(["ip", "netns", "pids", self.space], capture_output=True, text=True, check=False)
-        return [int(line) for line in done.stdout.split()]
+        return [int(line) for line in done.stdout.split() if word in command_line(int(line))]
+
+    def signal(self, number: int, word: str = "") -> list[int]:
+        """Send a signal to these processes; returns which got it."""
+        found = self.processes(word)
+        send(found, number)
+        return found
 
     def kill(self) -> None:
         """SIGKILL every process here, as a machine that loses power."""
-        while found := self.processes():
-            for pid in found:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        while self.signal(signal.SIGKILL):
             time.sleep(0.05)
+
+    def link(self, up: bool) -> None:
+        """Plug the network cable in or out."""
+        _ip("-n", self.space, "link", "set", "eth0", "up" if up else "down")
+
+    def limit(self, rate: str | None) -> None:
+        """Send at most so fast, such as 100mbit; None: as fast as the machine can."""
+        if rate is None:
+            _tc(self.space, "del", "dev", "eth0", "root")
+        else:
+            _tc(self.space, "replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
+
+    def reset_connections(self) -> None:
+        """Have the kernel abort all TCP connections with the other host."""
+        command = ["ip", "netns", "exec", self.space, "ss", "-K", "dst", "10.77.0.0/24"]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def send(pids: Sequence[int], number: int) -> None:
+    """Send a signal to those of these processes that still are."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def command_line(pid: int) -> str:
+    """Words of a process's command line; empty for one that has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def _tc(space: str, *arguments: str) -> None:
+    command = ["ip", "netns", "exec", space, "tc", "qdisc", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def _ip(*arguments: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from k8scifar import completion, launch, processes
+from k8scifar import completion, journal, launch, processes
 from k8scifar.errors import UserError
 
 PYTHON = sys.executable
@@ -230,12 +230,22 @@ end(0)
 
 
 def test_a_name_that_never_resolves_is_told(supervised, tmp_path):
-    process = supervised("end(0)", nnodes=2, node_rank=1, master_addr="pod-0.nowhere.invalid", restart=True, wait=1.0)
+    process = supervised("end(0)", nnodes=2, node_rank=1, master_addr="pod-0.nowhere.invalid", wait=1.0)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert "pod-0.nowhere.invalid does not resolve" in errors
-    assert "headless Service" in (tmp_path / "termination-log").read_text()
     assert attempts(tmp_path) == 0
+
+
+def test_a_name_that_does_not_resolve_for_long_is_told_and_waited_for(supervised, tmp_path):
+    """The container must not end for it: the kubelet's back-off would grow."""
+    process = supervised("end(0)", nnodes=2, node_rank=1, master_addr="pod-0.nowhere.invalid", restart=True, wait=1.0)
+    told = tmp_path / "termination-log"
+    until(lambda: told.exists() and "headless Service" in told.read_text())
+    note = journal.read(tmp_path / "demo")[1]
+    assert note["state"] == "failed" and "does not resolve" in note["reason"]
+    time.sleep(1.0)
+    assert process.poll() is None and attempts(tmp_path) == 0
 
 
 def test_a_port_in_use_is_told(tmp_path):

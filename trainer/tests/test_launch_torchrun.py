@@ -97,30 +97,48 @@ def test_a_node_that_comes_again_is_noticed_by_all():
 
     port = free()
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    assert meeting.knock("127.0.0.1", port, 1, 10.0) is not None
+    assert meeting.knock("127.0.0.1", port, 1, "JOB", 10.0) is not None
     watcher = subprocess.Popen(
-        [PYTHON, "-c", f"import time; from k8scifar import meeting; meeting.watch('127.0.0.1', {port}); time.sleep(60)"]
+        [
+            PYTHON,
+            "-c",
+            f"import time; from k8scifar.meeting import watch; watch('127.0.0.1', {port}, 'JOB'); time.sleep(60)",
+        ]
     )
     try:
-        assert meeting.knock("127.0.0.1", port, 2, 10.0) is not None
+        assert meeting.knock("127.0.0.1", port, 2, "JOB", 10.0) is not None
         time.sleep(1.0)
         assert watcher.poll() is None
 
         def come_again():
             with pytest.raises(TimeoutError):
-                meeting.knock("127.0.0.1", port, 1, 6.0)
+                meeting.knock("127.0.0.1", port, 1, "JOB", 6.0)
 
         again = threading.Thread(target=come_again)
         again.start()
         assert watcher.wait(40) == 1
         again.join(20)
-        assert store.get(meeting.AGAIN) == b"1"
+        assert store.get(meeting.AGAIN) == b"node 1 has started anew"
     finally:
         watcher.kill()
+
+
+def test_a_node_started_for_another_job_is_told():
+    from torch.distributed import TCPStore
+
+    from k8scifar import meeting
+    from k8scifar.errors import PeersDiffer
+
+    port = free()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store.set(meeting.JOB, "--nnodes=2 --nproc-per-node=1")
+    with pytest.raises(PeersDiffer, match=r"node 0 was started with --nnodes=2 .*, node 1 with --nnodes=3"):
+        meeting.knock("127.0.0.1", port, 1, "--nnodes=3 --nproc-per-node=1", 10.0)
+    assert b"give all nodes the same" in store.get(meeting.AGAIN)
 
 
 def test_a_node_that_is_alone_says_so():
     from k8scifar import meeting
 
     with pytest.raises(TimeoutError, match="node 0 did not answer"):
-        meeting.knock("127.0.0.1", free(), 1, 1.0)
+        meeting.knock("127.0.0.1", free(), 1, "JOB", 1.0)

@@ -94,30 +94,31 @@ def test_log_is_lines_for_people_where_there_is_no_terminal(undisturbed):
     assert "\r" not in said
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_world_size_does_not_change_the_mathematics(train, tmp_path, ranks):
+def test_world_size_does_not_change_the_mathematics(train, tmp_path):
     """The same micro-batches on 1 and on W ranks: losses agree to 2e-4 over an epoch.
 
     What makes it inexact: the gradients of the micro-batches are summed in another order (on one rank before, on
     several after the division), which rounds differently in float32; the steps of training amplify that.
     """
     options = ("--set", "epochs=1", "--set", "micro_batch=25", "--set", "optimizer.lr=0.001")
-    for count in (1, ranks):
-        done = train(count, *options, name=f"ranks{count}")
+    for ranks in (1, 2, 4):
+        done = train(ranks, *options, name=f"ranks{ranks}")
         assert done.returncode == 0, done.stderr
-    one, several = (history(tmp_path / "runs" / f"ranks{count}")[0] for count in (1, ranks))
-    assert several["train_loss"] == pytest.approx(one["train_loss"], rel=2e-4)
-    assert several["test_loss"] == pytest.approx(one["test_loss"], rel=2e-3)
-    weights = [
-        checkpoint.load(checkpoint.listed(tmp_path / "runs" / f"ranks{count}" / "checkpoints")[0])["model"]
-        for count in (1, ranks)
-    ]
-    for name, tensor in weights[0].items():
+    one, *others = (history(tmp_path / "runs" / f"ranks{ranks}")[0] for ranks in (1, 2, 4))
+    for several in others:
+        assert several["train_loss"] == pytest.approx(one["train_loss"], rel=2e-4)
+        assert several["test_loss"] == pytest.approx(one["test_loss"], rel=2e-3)
+    weights, *others = (
+        checkpoint.load(checkpoint.listed(tmp_path / "runs" / f"ranks{ranks}" / "checkpoints")[0])["model"]
+        for ranks in (1, 2, 4)
+    )
+    for name, tensor in weights.items():
         if name.endswith("num_batches_tracked"):  # counts forward passes of a rank; nothing uses it
             continue
-        torch.testing.assert_close(
-            weights[1][name], tensor, atol=2e-3, rtol=2e-2, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        for several in others:
+            torch.testing.assert_close(
+                several[name], tensor, atol=2e-3, rtol=2e-2, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_resume_after_an_epoch_equals_the_uninterrupted_run(finished, interrupted, train):
@@ -159,15 +160,6 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, interr
     assert weights_hash(folder) == weights_hash(finished)
 
 
-def test_killed_between_the_last_checkpoint_and_the_summary(finished, interrupted, train):
-    folder = interrupted(12)
-    done = train(2)
-    assert done.returncode == 0, done.stderr
-    assert weights_hash(folder) == weights_hash(finished)
-    a, b = (json.loads((path / "summary.json").read_text()) for path in (folder, finished))
-    assert (a["accuracy"], a["loss"], a["accuracy_tta"]) == (b["accuracy"], b["loss"], b["accuracy_tta"])
-
-
 def test_finished_run_says_so_and_more_epochs_go_on(finished, train, tmp_path):
     folder = tmp_path / "runs" / "run"
     shutil.copytree(finished, folder)
@@ -186,8 +178,8 @@ def test_finished_run_says_so_and_more_epochs_go_on(finished, train, tmp_path):
 def test_weight_average_is_evaluated_and_survives_resume(train, tmp_path):
     options = ("--set", "ema.decay=0.8")
     assert train(2, *options, name="whole").returncode == 0
-    assert train(2, *options, name="cut").returncode == 0
     folder = tmp_path / "runs" / "cut"
+    shutil.copytree(tmp_path / "runs" / "whole", folder)
     (folder / "summary.json").unlink()
     checkpoint.listed(folder / "checkpoints")[0].unlink()
     assert train(2, *options, name="cut").returncode == 0

@@ -13,7 +13,7 @@ import signal
 import sys
 
 from k8scifar import meeting, processes
-from k8scifar.errors import FAILED, PREEMPTED, USER_MISTAKE
+from k8scifar.errors import FAILED, PREEMPTED, USER_MISTAKE, PeersDiffer
 
 
 def main(arguments: list[str]) -> int:
@@ -50,10 +50,15 @@ def main(arguments: list[str]) -> int:
 
 def _meet(parsed: argparse.Namespace) -> None:
     address, port, store = parsed.master_addr, int(parsed.master_port), None
+    job = f"--nnodes={parsed.nnodes} --nproc-per-node={parsed.nproc_per_node}"
     if parsed.node_rank:
         seconds = float(dict(item.split("=") for item in parsed.rdzv_conf.split(","))["timeout"])
-        store = meeting.knock(address, port, parsed.node_rank, seconds)
-    meeting.watch(address, port, store)
+        try:
+            store = meeting.knock(address, port, parsed.node_rank, job, seconds)
+        except (TimeoutError, PeersDiffer) as error:
+            print(f"k8scifar: error: {error}", file=sys.stderr)
+            meeting.leave(str(error))
+    meeting.watch(address, port, job, store)
 
 
 def _code(failed) -> int:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from k8scifar import files
 from k8scifar.errors import UserError
-from k8scifar.files import write_atomically
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
@@ -38,7 +38,7 @@ def load(path: Path) -> Payload:
 
 def read_verified(path: Path) -> bytes:
     """The file's bytes, checked against the digest in its name, if that is of our form. Raises Damaged, OSError."""
-    content = path.read_bytes()
+    content = files.read(path)
     named = _NAME.fullmatch(path.name)
     if not content:
         raise Damaged(f"{path} is empty")
@@ -66,13 +66,17 @@ def encode(payload: Payload) -> bytes:
 
 
 def listed(folder: Path) -> list[Path]:
-    """Checkpoint files of a folder, newest first."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda item: (item[0], item[1].name), reverse=True)]
+    """Checkpoint files of a folder, newest first; none where there is no such folder. Raises OSError."""
+    found = [(int(match[1]), name) for name in files.names(folder) if (match := _NAME.fullmatch(name))]
+    return [folder / name for _, name in sorted(found, reverse=True)]
 
 
 def newest_good(folder: Path) -> Iterator[tuple[Path, bytes | None, str]]:
-    """Walk the checkpoints, newest first: (path, content, "") of a good one, (path, None, why) of a damaged one."""
+    """Walk the checkpoints, newest first: (path, content, "") of a good one, (path, None, why) of a damaged one.
+
+    Raises OSError where the folder can't be read, and at the end of the walk where a file could not be.
+    """
+    trouble = None
     for path in listed(folder):
         try:
             content = read_verified(path)
@@ -81,7 +85,10 @@ def newest_good(folder: Path) -> Iterator[tuple[Path, bytes | None, str]]:
         except Damaged as damage:
             yield path, None, str(damage)
         except OSError as error:
+            trouble = error
             yield path, None, f"{path} can't be read: {error.strerror}"
+    if trouble:
+        raise trouble
 
 
 def step_of(path: Path) -> int:
@@ -100,12 +107,12 @@ class Writer:
 
     def __init__(self, folder: Path, keep: int, warn) -> None:
         self._folder, self._keep, self._warn = folder, keep, warn
-        self._jobs: queue.Queue[tuple[Payload, int, int | None] | None] = queue.Queue(maxsize=1)
+        self._jobs: queue.Queue[tuple[Payload, int, int | None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
     def save(self, payload: Payload, step: int, best_step: int | None = None) -> None:
-        """Hand over a payload that nobody changes any more; blocks only while an earlier one is still being written.
+        """Hand over a payload that nobody changes any more; never blocks.
 
         Args:
             payload: plain values and CPU tensors.
@@ -113,6 +120,11 @@ class Writer:
             best_step: the step whose checkpoint is the best so far, to be kept.
         """
         self._jobs.put((payload, step, best_step))
+
+    @property
+    def behind(self) -> bool:
+        """Whether the disk is so slow that a payload still waits while the one before it is being written."""
+        return not self._jobs.empty()
 
     def close(self) -> None:
         """Finish what was handed over."""
@@ -125,19 +137,21 @@ class Writer:
             try:
                 content = encode(payload)
                 path = self._folder / f"step-{step:08d}-{_digest(content)}.pt"
-                write_atomically(path, content)
-            except Exception as error:
-                reason = getattr(error, "strerror", None) or error
-                self._warn(f"checkpoint of step {step} could not be written ({reason}); training goes on; free space")
+                files.write_atomically(path, content)
+            except Exception as error:  # whatever it is, the next one may be written
+                self._warn(f"{files.unwritten(f'checkpoint of step {step}', error)}; training goes on")
                 continue
-            self._prune(path, best_step)
+            try:
+                self._prune(path, best_step)
+            except OSError as error:
+                self._warn(f"old checkpoints in {self._folder} could not be removed ({error.strerror})")
 
     def _prune(self, newest: Path, best_step: int | None) -> None:
-        """Remove what is neither newest nor best; only called once `newest` is safe."""
-        files = [path for path in listed(self._folder) if step_of(path) <= step_of(newest)]
-        for path in files[self._keep :]:
+        """Remove what is neither newest nor best; only called once `newest` is safe. Raises OSError."""
+        older = [path for path in listed(self._folder) if step_of(path) <= step_of(newest)]
+        for path in older[self._keep :]:
             if step_of(path) != best_step:
-                path.unlink(missing_ok=True)
+                files.patiently(lambda path=path: path.unlink(missing_ok=True))
 
 
 def _digest(content: bytes) -> str:

@@ -43,6 +43,13 @@ def leave_message(text: str, environment: Mapping[str, str]) -> None:
             path.write_text(f"{text[:1000]}\n")
 
 
+def touch_heartbeat() -> None:
+    """Tell the orchestrator's liveness probe that training moves: touch the file K8SCIFAR_HEARTBEAT names, if any."""
+    if path := os.environ.get("K8SCIFAR_HEARTBEAT"):
+        with contextlib.suppress(OSError):  # a full disk must not end the training
+            Path(path).touch()
+
+
 class Heartbeat:
     """The file whose age a liveness probe reads; the ranks renew it each step, the supervisor while none trains."""
 

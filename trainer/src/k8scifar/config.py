@@ -23,7 +23,12 @@ IDENTITY = (
     "model", "optimizer", "schedule", "augment", "ema",
 )  # fmt: skip
 # Of those, the keys without which a checkpoint makes no sense at all.
-FIXED = ("seed", "global_batch", "micro_batch", "last_batch", "model")
+FIXED = ("seed", "global_batch", "last_batch", "model")
+# Keys that may differ from host to host: places, log, what the hardware at hand allows.
+OWN = {
+    "recipe": True, "name": True, "runs_dir": True, "data": True, "log": True,
+    "distributed": {"interface"}, "hardware": {"device", "threads"},
+}  # fmt: skip
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -115,12 +120,12 @@ class Checkpoint(_Section):
     """Write a checkpoint after each so many epochs, and always at the end."""
     every_steps: int = Field(0, ge=0)
     """Also write one each so many steps; 0: never."""
-    every_seconds: float = Field(0.0, ge=0.0)
+    every_seconds: float = Field(60.0, ge=0.0)
     """Also write one when the last is so many seconds old; 0: never."""
     keep: int = Field(2, ge=1, le=1000)
     """How many of the newest checkpoints to keep; the best one is kept besides."""
     accept_changes: bool = False
-    """Resume although keys that decide the weights (learning rate, augmentation, ...) have changed."""
+    """Resume although keys that decide the weights (learning rate, augmentation, micro_batch, ...) have changed."""
 
 
 class Distributed(_Section):
@@ -218,10 +223,14 @@ class Config(_Section):
         """Flat view, `a.b` -> value, of the keys that decide the weights."""
         return flatten({key: value for key, value in self.model_dump(mode="json").items() if key in IDENTITY})
 
+    def shared(self) -> dict[str, Any]:
+        """Flat view of the keys that all ranks must have alike; the others may differ from host to host."""
+        return flatten(self.model_dump(mode="json", exclude=OWN))
+
     def fingerprint(self) -> str:
-        """sha256 (first 16 hex digits) of everything that all ranks must share; paths and log settings may differ."""
-        shared = self.identity() | flatten({"evaluation": self.evaluation.model_dump(mode="json")})
-        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+        """sha256 (first 16 hex digits) of what decides the result: `identity` and the evaluation."""
+        decides = self.identity() | flatten({"evaluation": self.evaluation.model_dump(mode="json")})
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
         """The configuration as YAML text."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,8 +22,14 @@ import torch
 import torch.distributed as dist
 
 from k8scifar import processes
+from k8scifar.completion import touch_heartbeat
 from k8scifar.config import Config, check_world_size
 from k8scifar.errors import PeersDiffer, RankError, TrainingError, UserError
+from k8scifar.pulse import Pulse, first_line
+
+PATIENCE = 10  # time-outs that the ranks wait for what rank 0 alone does, as long as it says that it is at it
+PEER_FAILURES = ("gloo", "nccl", "connection", "timed out", "timeout", "pair closure", "socket", "broken pipe")
+BUSY, NOTHING = -2, -1  # lengths that announce no content
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,9 @@ class World:
     local_size: int
     device: torch.device
     backend: str
-    host_group: Any = None  # gloo group for host-side agreements; None: the default group is gloo
+    host_group: Any  # gloo group for host-side agreements; None: the default group is gloo
+    pulse: Pulse
+    timeout: float  # seconds that a collective waits for a silent rank
 
     @property
     def leads(self) -> bool:
@@ -45,7 +56,8 @@ class World:
 def join(config: Config) -> Iterator[World]:
     """Join the process group that torchrun's environment describes; leave it at the end.
 
-    Raises UserError where the environment makes no sense, TrainingError where peers do not come in time.
+    Raises UserError where the environment makes no sense, TrainingError where peers do not come in time, and in place
+    of any failure of a collective, naming the rank that it waited for as far as can be told.
     """
     rank, size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
@@ -62,11 +74,22 @@ def join(config: Config) -> Iterator[World]:
         dist.init_process_group(backend, timeout=timeout, **alone)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise TrainingError(f"rank {rank} of {size} could not join its peers: {first_line(error)}") from None
-    group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
+    pulse = Pulse(rank, size)
     try:
-        yield World(rank, size, local_rank, local_size, device, backend, group)
-    finally:
+        group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
+        yield World(rank, size, local_rank, local_size, device, backend, group, pulse, timeout.total_seconds())
+    except RuntimeError as error:
+        if not is_peer_failure(error):
+            raise
+        # The process group is left as it is: taking it down would wait for the peer that is lost.
+        raise TrainingError(f"rank {rank} gave up: {pulse.blame(error)}") from None
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    else:
+        dist.destroy_process_group()
+    finally:
+        pulse.stop()
 
 
 def check_size(config: Config) -> None:
@@ -112,6 +135,7 @@ def resolve_precision(config: Config, world: World) -> str:
 def average(tensors: list[torch.Tensor], world: World) -> None:
     """Replace each tensor by its mean over the ranks, taken in float64 so that equal values stay what they are."""
     flat = torch.cat([tensor.flatten().double() for tensor in tensors])
+    world.pulse.arrive()
     dist.all_reduce(flat)
     flat /= world.size
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -121,36 +145,72 @@ def average(tensors: list[torch.Tensor], world: World) -> None:
 def gather(row: torch.Tensor, world: World) -> torch.Tensor:
     """Every rank's `row` (1-dimensional, equal length), stacked on the CPU: [world size, n]; the same on all ranks."""
     rows = [torch.empty_like(row, device="cpu") for _ in range(world.size)]
+    world.pulse.arrive()
     dist.all_gather(rows, row.cpu(), group=world.host_group)
     return torch.stack(rows)
 
 
-def share_bytes(content: bytes | None, world: World) -> bytes | None:
-    """Rank 0's `content` on every rank; None if it has none."""
-    length = torch.tensor([-1 if content is None else len(content)])
-    dist.broadcast(length, 0, group=world.host_group)
-    if length.item() < 0:
+def lead(world: World, decide: Callable[[], bytes | None]) -> bytes | None:
+    """What `decide` returns on rank 0, on every rank; its UserError or TrainingError is raised on every rank alike.
+
+    It may take longer than a collective's time-out (slow storage): rank 0 tells the others that it is still at it, up
+    to PATIENCE time-outs.
+    """
+    if not world.leads:
+        while (length := _announced(world)) == BUSY:
+            touch_heartbeat()
+        content = _content(length, None, world)
+    else:
+        work = _in_thread(decide)
+        end = time.monotonic() + PATIENCE * world.timeout
+        while not wait([work], timeout=world.timeout / 4).done:
+            if time.monotonic() > end:
+                raise TrainingError(f"rank 0 is not done after {PATIENCE * world.timeout:.0f} s: does a volume hang?")
+            touch_heartbeat()
+            _announced(world, BUSY)
+        answer = work.result()
+        content = _content(_announced(world, NOTHING if answer is None else len(answer)), answer, world)
+    if content is None or content[:1] == b"+":
+        return content and content[1:]
+    raise (UserError if content[:1] == b"-" else TrainingError)(content[1:].decode())
+
+
+def _in_thread(decide: Callable[[], bytes | None]) -> Future[bytes | None]:
+    """The bytes that tell all ranks what `decide` came to; in a thread that may hang in the kernel for good."""
+    work: Future[bytes | None] = Future()
+
+    def run() -> None:
+        try:
+            content = decide()
+            work.set_result(None if content is None else b"+" + content)
+        except UserError as error:
+            work.set_result(b"-" + str(error).encode())
+        except TrainingError as error:
+            work.set_result(b"!" + str(error).encode())
+        except BaseException as error:
+            work.set_exception(error)
+
+    threading.Thread(target=run, name="lead", daemon=True).start()
+    return work
+
+
+def _announced(world: World, length: int = 0) -> int:
+    """Rank 0's `length` on every rank."""
+    number = torch.tensor([length])
+    world.pulse.arrive()
+    dist.broadcast(number, 0, group=world.host_group)
+    return int(number.item())
+
+
+def _content(length: int, content: bytes | None, world: World) -> bytes | None:
+    """Rank 0's `content`, of the announced length, on every rank."""
+    if length < 0:
         return None
-    buffer = torch.empty(length.item(), dtype=torch.uint8)
-    if content is not None and world.leads:
+    buffer = torch.empty(length, dtype=torch.uint8)
+    if content is not None:
         buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     dist.broadcast(buffer, 0, group=world.host_group)
     return buffer.numpy().tobytes()
-
-
-def lead(world: World, decide: Callable[[], bytes | None]) -> bytes | None:
-    """What `decide` returns on rank 0, on every rank; its UserError is raised on every rank alike."""
-    answer: bytes | None = None
-    if world.leads:
-        try:
-            content = decide()
-            answer = None if content is None else b"+" + content
-        except UserError as error:
-            answer = b"-" + str(error).encode()
-    answer = share_bytes(answer, world)
-    if answer is not None and answer[:1] == b"-":
-        raise UserError(answer[1:].decode())
-    return answer[1:] if answer is not None else None
 
 
 class Agreement:
@@ -171,6 +231,7 @@ class Agreement:
 
     def end(self) -> set[str]:
         """The names of the flags that any rank raised."""
+        self._world.pulse.arrive()
         self._work.wait()
         return {name for name, flag in zip(self._names, self._flags.tolist(), strict=True) if flag}
 
@@ -185,17 +246,10 @@ def barrier(world: World) -> None:
     dist.barrier(group=world.host_group)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, without torch's C++ stack."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def is_peer_failure(error: BaseException) -> bool:
     """Whether an error means that a collective could not be finished: a peer died, fell silent or was cut off."""
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(
-        word in text for word in ("gloo", "nccl", "connection", "timed out")
-    )
+    return isinstance(error, dist.DistError) or any(word in text for word in PEER_FAILURES)
 
 
 def _integer(name: str, default: int) -> int:

@@ -6,11 +6,7 @@ presence means done), ``model.safetensors``, ``checkpoints/`` and TensorBoard's 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import platform
 import statistics
 import sys
 from pathlib import Path
@@ -18,13 +14,12 @@ from typing import Any
 
 import torch
 
-import k8scifar
-from k8scifar import completion, model
+from k8scifar import completion, model, versions
 from k8scifar.config import Config
 from k8scifar.data.packed import Manifest, Split
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.evaluate import Outcome
-from k8scifar.files import write_atomically
+from k8scifar.files import FULL, TRANSIENT, patiently, remove_temporary, unwritten, write_atomically
 from k8scifar.plan import Plan
 from k8scifar.state import State
 from k8scifar.trained import WEIGHTS, Trained, export
@@ -40,11 +35,21 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     def create(self, config: Config) -> None:
-        """Make the folder and write the resolved configuration. Raises UserError where that can't be done."""
+        """Make the folder and write the resolved configuration; what a killed rank 0 left half written goes.
+
+        Raises UserError where that can't be done, TrainingError where the volume is full or fails.
+        """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.checkpoints):
+                remove_temporary(folder)
             write_atomically(self.path / "config.yaml", config.to_yaml().encode())
         except OSError as error:
+            if error.errno in FULL and (self.path / "config.yaml").exists():
+                say(unwritten(self.path / "config.yaml", error))
+                return
+            if error.errno in FULL | TRANSIENT:
+                raise TrainingError(f"run folder {self.path} can't be written: {error.strerror}") from None
             raise UserError(
                 f"run folder {self.path} can't be written: {error.strerror}; check its owner and the free space, "
                 "or choose another --runs-dir"
@@ -84,71 +89,19 @@ class RunFolder:
     def export(self, model: Trained) -> str:
         """Write the weights for others to use; returns the file's sha256. Raises TrainingError."""
         try:
-            export(self.path / WEIGHTS, model)
-            return hashlib.sha256((self.path / WEIGHTS).read_bytes()).hexdigest()
+            return export(self.path / WEIGHTS, model)
         except OSError as error:
-            raise TrainingError(f"{self.path / WEIGHTS} could not be written: {error.strerror}; free space") from None
+            raise TrainingError(unwritten(self.path / WEIGHTS, error)) from None
 
     def forget_summary(self) -> None:
-        """Remove the mark: the run goes on."""
-        (self.path / completion.MARKER).unlink(missing_ok=True)
+        """Remove the mark: the run goes on. Raises OSError."""
+        patiently(lambda: (self.path / completion.MARKER).unlink(missing_ok=True))
 
     def _write(self, name: str, text: str) -> None:
         try:
             write_atomically(self.path / name, text.encode())
         except OSError as error:
-            raise TrainingError(f"{self.path / name} could not be written: {error.strerror}; free space") from None
-
-
-class Board:
-    """TensorBoard's events; without TensorBoard every method does nothing. A failing disk never stops training."""
-
-    def __init__(self, folder: Path | None, step: int) -> None:
-        self._writer = None
-        if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Points of a former attempt beyond this step are dropped by TensorBoard.
-            self._writer = SummaryWriter(str(folder), purge_step=step, flush_secs=30)
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Add a point to each named curve."""
-        if self._writer:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-
-    def step(self, step: int, loss: float, lr: float, images_per_second: float, seconds: dict[str, float]) -> None:
-        """Add a point to the step curves; `seconds`: where the time since the last point went, shown as shares."""
-        total = sum(seconds.values()) or 1.0
-        shares = {f"time/{part}": value / total for part, value in seconds.items()}
-        self.scalars({"step/loss": loss, "step/lr": lr, "step/images_per_second": images_per_second} | shares, step)
-
-    def text(self, name: str, text: str) -> None:
-        """Add a text, shown as code."""
-        if self._writer:
-            self._writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()))
-
-    def inputs(self, batch: torch.Tensor, manifest: Manifest, step: int) -> None:
-        """Add a grid of augmented inputs, normalised [n, 3, h, w]."""
-        if self._writer:
-            from k8scifar import figures
-
-            self._writer.add_image("inputs", figures.grid(batch[:32], manifest.mean, manifest.std), step)
-
-    def outcome(self, outcome: Outcome, split: Split, classes: list[str], step: int) -> None:
-        """Add an evaluation's confusion matrix and worst mistakes, and flush."""
-        if self._writer:
-            from k8scifar import figures
-
-            self._writer.add_figure("test/confusion", figures.confusion(outcome.confusion, classes), step)
-            at, titles = worst(outcome, split, classes)
-            self._writer.add_figure("test/worst_mistakes", figures.mistakes(split.images[at], titles), step)
-            self._writer.flush()
-
-    def close(self) -> None:
-        """Flush and close."""
-        if self._writer:
-            self._writer.close()
+            raise TrainingError(unwritten(self.path / name, error)) from None
 
 
 def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weights: str) -> dict[str, Any]:
@@ -182,7 +135,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
         "weights_sha256": weights,
         "config_fingerprint": plan.config.fingerprint(),
         "identity": plan.config.identity(),
-        "versions": versions(),
+        "versions": versions.versions(),
     }
 
 
@@ -225,17 +178,3 @@ def worst(outcome: Outcome, split: Split, classes: list[str]) -> tuple[list[int]
     order = wrong[outcome.losses[wrong].argsort(descending=True)][:WORST]
     titles = [f"{classes[labels[at]]} > {classes[outcome.predictions[at]]}" for at in order.tolist()]
     return outcome.samples[order].tolist(), titles
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    found = {"k8scifar": k8scifar.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    return found | {"machine": platform.machine(), "system": platform.system()}
-
-
-def touch_heartbeat() -> None:
-    """Tell the orchestrator's liveness probe that training moves: touch the file K8SCIFAR_HEARTBEAT names, if any."""
-    path = os.environ.get("K8SCIFAR_HEARTBEAT")
-    if path:
-        with contextlib.suppress(OSError):  # a full disk must not end the training
-            Path(path).touch()

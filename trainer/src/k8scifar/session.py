@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import k8scifar
-from k8scifar import checkpoint, model, parallel, records, trained
+from k8scifar import checkpoint, model, parallel, records, trained, versions
+from k8scifar.board import Board
 from k8scifar.clock import StepClock
 from k8scifar.config import Config
 from k8scifar.data import packed
 from k8scifar.data.augment import Pictures
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.evaluate import Outcome, evaluate
+from k8scifar.files import TRANSIENT
 from k8scifar.parallel import World
 from k8scifar.plan import Plan
 from k8scifar.progress import Progress
@@ -48,13 +49,14 @@ class Session:
         self.clock = StepClock(world.device, running=world.leads)
         self.progress = Progress(self.plan.steps, self.first_step, config.log.every_seconds, world.leads)
         show = world.leads and config.log.tensorboard
-        self.board = records.Board(self.folder.path if show else None, self.first_step)
+        self.board = Board(self.folder.path if show else None, self.first_step, self.progress.say)
         self.board.text("configuration", config.to_yaml())
         self._writer = None
         if world.leads:
             self._writer = checkpoint.Writer(self.folder.checkpoints, config.checkpoint.keep, self.progress.say)
         self._spent = self.state.history[-1]["seconds"] if self.state.history else 0.0
         self._started = self._epoch_started = self._saved = time.monotonic()
+        self._stalled = 0.0  # seconds of this epoch that checkpoints have taken from the loop
         self.outcome: Outcome | None = None
         self.progress.say(self.headline())
 
@@ -71,28 +73,40 @@ class Session:
         )
 
     @property
-    def checkpoint_is_old(self) -> bool:
-        """Whether `checkpoint.every_seconds` have gone by."""
-        limit = self.config.checkpoint.every_seconds
-        return bool(limit) and time.monotonic() - self._saved > limit
+    def wants_checkpoint(self) -> bool:
+        """On rank 0, whether the step about to be taken ends at the interval that the configuration asks for."""
+        settings, step = self.config.checkpoint, self.state.step + 1
+        at_step = bool(settings.every_steps) and step % settings.every_steps == 0
+        is_old = bool(settings.every_seconds) and time.monotonic() - self._saved > settings.every_seconds
+        return self.world.leads and (at_step or is_old) and step % self.plan.steps_per_epoch > 0
 
-    def save(self) -> None:
-        """Hand a checkpoint of the present state to the writer; collective. Raises UserError if the loss went bad."""
-        payload = self.state.snapshot(self.plan.pixels(max(0, self.state.step - 1)))
-        self.check_finite(parallel.gather(self.state.sums, self.world), self.state.step)
-        if self._writer:
-            self._writer.save(payload, self.state.step, best_step(self.state.history))
+    def save(self, must: bool = False) -> None:
+        """Hand a checkpoint of the present state to the writer; collective. Raises UserError where it holds garbage.
+
+        A volume that is still busy with former ones makes it leave this one out, unless it `must` be written.
+        """
+        begun, state = time.monotonic(), self.state
+        behind = torch.tensor([bool(self._writer and self._writer.behind)])
+        facts = parallel.gather(torch.cat([state.sums.cpu(), state.weight_sum(), behind.double()]), self.world)
+        self.check_finite(facts, state.step)
+        if facts[0, -1] and not must:
+            self.progress.say(f"checkpoint of step {state.step} left out: the volume is still busy with former ones")
+        else:
+            payload = state.snapshot(self.plan.pixels(max(0, state.step - 1)))
+            if self._writer:
+                self._writer.save(payload, state.step, best_step(state.history))
         self._saved = time.monotonic()
+        self._stalled += self._saved - begun
 
     def check_finite(self, sums: torch.Tensor, step: int) -> None:
-        """Raise UserError, naming step, learning rate and last good checkpoint, where a loss is not finite."""
+        """Raise UserError, naming step, learning rate and last good checkpoint, where losses or weights are garbage."""
         if torch.isfinite(sums).all():
             return
         files = checkpoint.listed(self.folder.checkpoints) if self.world.leads else []
         good = f"the last good checkpoint is {files[0]}" if files else "there is no checkpoint before it"
         raise UserError(
-            f"the loss is not finite at step {step} (epoch {step / self.plan.steps_per_epoch:.2f}, learning rate "
-            f"{self.plan.lr(step - 1):.4g}); {good}; lower optimizer.lr or lengthen schedule.warmup"
+            f"loss or weights are not finite at step {step} (epoch {step / self.plan.steps_per_epoch:.2f}, learning "
+            f"rate {self.plan.lr(step - 1):.4g}); {good}; lower optimizer.lr or lengthen schedule.warmup"
         )
 
     @property
@@ -128,6 +142,7 @@ class Session:
         steps_here = step - max(self.first_step, step - self.plan.steps_per_epoch)
         record["images_per_second"] = round(steps_here * self.config.global_batch / max(seconds, 1e-9), 1)
         record["seconds"] = round(self._spent + time.monotonic() - self._started, 1)
+        record["checkpoint_seconds"], self._stalled = round(self._stalled, 3), 0.0
         state.history.append(record)
         state.sums.zero_()
         self._record(record)
@@ -159,23 +174,33 @@ class Session:
         """Export the weights and write the summary, the last act of a run; collective. Returns rank 0's summary."""
         if self.outcome is None:  # resumed between the last checkpoint and here
             self.outcome = self.evaluate(self.plan.last_pixels, final=True, keep_going=lambda: True)
+        summary = parallel.lead(self.world, self._finish)  # nobody leaves before the mark of the finished run is there
+        return json.loads(summary or b"{}")
+
+    def _finish(self) -> bytes:
+        """Rank 0's last act: write what the run came to; a full disk gets some time. Raises TrainingError."""
         self._close_writer()
-        summary: dict[str, Any] = {}
-        if self.world.leads:
-            state, config = self.state, self.config
-            if state.average:
-                state.average.swap()
-            manifest = self.manifest
-            model_file = trained.Trained(
-                state.net, config.model, manifest.classes, manifest.mean, manifest.std, self.plan.last_pixels
-            )
-            weights = self.folder.export(model_file)
-            summary = records.summarise(state, self.plan, self.outcome, self.precision, weights)
-            self.folder.write_summary(summary)
-            self.board.text("summary", json.dumps(summary, indent=1))
-            self.progress.say(records.describe(summary, self.folder.path))
-        parallel.barrier(self.world)  # nobody leaves before the mark of the finished run is there
-        return summary
+        state, config, manifest = self.state, self.config, self.manifest
+        if state.average:
+            state.average.swap()
+        model_file = trained.Trained(
+            state.net, config.model, manifest.classes, manifest.mean, manifest.std, self.plan.last_pixels
+        )
+        end = time.monotonic() + 0.8 * parallel.PATIENCE * self.world.timeout
+        while True:
+            try:
+                weights = self.folder.export(model_file)
+                summary = records.summarise(state, self.plan, self.outcome, self.precision, weights)
+                self.folder.write_summary(summary)
+                break
+            except TrainingError as error:
+                if time.monotonic() > end:
+                    raise
+                self.progress.say(f"{error}; trying again")
+                time.sleep(5.0)
+        self.board.text("summary", json.dumps(summary, indent=1))
+        self.progress.say(records.describe(summary, self.folder.path))
+        return json.dumps(summary).encode()
 
     def close(self) -> None:
         """Finish what is being written; not collective."""
@@ -214,29 +239,40 @@ def find(config: Config, manifest: packed.Manifest, world: World) -> tuple[dict[
 
     Collective; the same on all ranks. Raises UserError where ranks differ or the folder can't be used.
     """
-    parallel.meet(world, config.identity() | {"data": manifest.fingerprint, "version": k8scifar.__version__})
+    parallel.meet(world, config.shared() | {"data": manifest.fingerprint} | _mathematics())
     answer = parallel.lead(world, lambda: _look(records.RunFolder(config.run_dir), config, manifest))
     if answer is not None and answer[:1] == b"S":
         return json.loads(answer[1:]), None
     return None, answer[1:] if answer is not None else None
 
 
+def _mathematics() -> dict[str, str]:
+    """Versions that all ranks must have alike."""
+    return {name: version for name, version in versions.versions().items() if name in ("k8scifar", "code", "torch")}
+
+
 def _look(folder: records.RunFolder, config: Config, manifest: packed.Manifest) -> bytes | None:
     """Rank 0's part of `find`: b"S" + a summary, b"C" + a checkpoint, or None for a fresh run."""
-    summary = folder.summary()
-    if summary and folder.is_finished(summary, config, manifest):
-        return b"S" + json.dumps(summary).encode()
-    for path, content, why in checkpoint.newest_good(folder.checkpoints):
-        if content is None:
-            records.say(f"{why}; trying the one before")
-            continue
-        folder.create(config)
-        folder.forget_summary()
-        records.say(f"resuming from {path}")
-        return b"C" + content
+    try:
+        summary = folder.summary()
+        if summary and folder.is_finished(summary, config, manifest):
+            return b"S" + json.dumps(summary).encode()
+        bad = False
+        for path, content, why in checkpoint.newest_good(folder.checkpoints):
+            if content is None:
+                records.say(f"{why}; trying the one before")
+                bad = True
+                continue
+            folder.create(config)
+            folder.forget_summary()
+            records.say(f"resuming from {path}")
+            return b"C" + content
+    except OSError as error:
+        kind = TrainingError if error.errno in TRANSIENT else UserError
+        raise kind(f"{folder.path} can't be read: {error.strerror}; look at its owner and its volume") from None
     if summary:
         raise UserError(f"{folder.path} has a summary but no checkpoint to go on from; give the run another --name")
-    if checkpoint.listed(folder.checkpoints):
+    if bad:
         raise UserError(
             f"no checkpoint in {folder.checkpoints} is whole; remove them to start anew, or use another --name"
         )

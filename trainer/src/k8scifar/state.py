@@ -70,6 +70,12 @@ class State:
         for tensor, values in zip(tensors, row.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(values.view_as(tensor))
 
+    def weight_sum(self) -> torch.Tensor:
+        """Sum of all weights, float64 [1] on the CPU: not finite if any of them is not."""
+        return (
+            torch.stack([parameter.detach().double().sum() for parameter in self.net.parameters()]).sum().view(1).cpu()
+        )
+
     def snapshot(self, pixels: int) -> dict[str, Any]:
         """A checkpoint's values, copied to the CPU; collective: all ranks call it, rank 0 uses it.
 

@@ -48,7 +48,11 @@ class Supervisor:
                 return self._after_done()
             if not self._wait_until(self._master_resolves, self._unresolved()) or not self._port_ready():
                 say(f"error: {self.reason}")
-                return self._end(FAILED if self.plan.restart else USER_MISTAKE)
+                if not self.plan.restart:
+                    return self._end(USER_MISTAKE)
+                self._note(self.reason)
+                self._journal("failed", attempts)
+                continue  # what is missing may still come, and this container must not end for it
             if self.signals:
                 break
             attempts += 1

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from k8scifar import model, optim, parallel, records, settings
+from k8scifar.completion import touch_heartbeat
 from k8scifar.data.prepare import require
-from k8scifar.errors import PREEMPTED, TrainingError
+from k8scifar.errors import PREEMPTED
 from k8scifar.evaluate import Stopped
 from k8scifar.plan import Plan
 from k8scifar.session import Session, find
@@ -47,12 +48,6 @@ def run(args: argparse.Namespace) -> int:
         except Preempted:
             session.progress.say(f"stopped by SIGTERM at step {session.state.step}; saved; the same command resumes")
             return PREEMPTED
-        except RuntimeError as error:
-            if not parallel.is_peer_failure(error):
-                raise
-            raise TrainingError(
-                f"rank {world.rank} lost a peer after step {session.state.step}: {parallel.first_line(error)}"
-            ) from None
         finally:
             session.close()
     return 0
@@ -63,7 +58,12 @@ def train(session: Session, stop: threading.Event) -> None:
     config, world, state, plan = session.config, session.world, session.state, session.plan
     clock, agreement, pictures = session.clock, session.agreement, session.train_pictures
     first_layer = next(state.net.parameters())  # backward reaches it last: what follows is waiting for the ranks
-    hook = first_layer.register_post_accumulate_grad_hook(lambda _: clock.mark("communication"))
+
+    def computed(_: torch.Tensor) -> None:
+        clock.mark("communication")
+        world.pulse.arrive()
+
+    hook = first_layer.register_post_accumulate_grad_hook(computed)
     share, share_epoch = None, -1
     bad = False
     shown_step, shown_at = state.step, time.monotonic()
@@ -73,17 +73,18 @@ def train(session: Session, stop: threading.Event) -> None:
             try:
                 session.finish_epoch(lambda: _keep_going(agreement, stop))
             except Stopped:
-                session.save()
+                session.save(must=True)
                 raise Preempted from None
-            if len(state.history) % config.checkpoint.every_epochs == 0 or state.step == plan.steps:
-                session.save()
+            done = state.step == plan.steps
+            if done or len(state.history) % config.checkpoint.every_epochs == 0:
+                session.save(must=done)
             shown_step, shown_at = state.step, time.monotonic()
         if state.step >= plan.steps:
             hook.remove()
             return
 
         # One step: this rank's micro-batches of the global batch.
-        agreement.begin(stop=stop.is_set(), save=world.leads and session.checkpoint_is_old, bad=bad)
+        agreement.begin(stop=stop.is_set(), save=session.wants_checkpoint, bad=bad)
         epoch, step_in_epoch = divmod(state.step, plan.steps_per_epoch)
         if share_epoch != epoch:
             share, share_epoch = plan.order.share(epoch, world.rank, world.size).to(world.device), epoch
@@ -115,7 +116,7 @@ def train(session: Session, stop: threading.Event) -> None:
             state.average.update()
         clock.mark("between steps")
         state.step += 1
-        records.touch_heartbeat()
+        touch_heartbeat()
 
         # Tell people.
         curves_due = world.leads and (state.step % config.log.every_steps == 0 or state.step == session.first_step + 1)
@@ -136,17 +137,15 @@ def train(session: Session, stop: threading.Event) -> None:
         agreed = agreement.end()
         if "bad" in agreed:
             session.check_finite(torch.tensor(float("nan")), state.step - 1)
-        at_interval = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
-        epoch_ends = state.step % plan.steps_per_epoch == 0
-        if "stop" in agreed or (("save" in agreed or at_interval) and not epoch_ends):
-            session.save()
+        if agreed & {"stop", "save"}:
+            session.save(must="stop" in agreed)
         if "stop" in agreed:
             raise Preempted
 
 
 def _keep_going(agreement: parallel.Agreement, stop: threading.Event) -> bool:
     """Asked by all ranks between two batches of an evaluation: False once any rank is to stop."""
-    records.touch_heartbeat()
+    touch_heartbeat()
     return not agreement.now(stop=stop.is_set())
 
 

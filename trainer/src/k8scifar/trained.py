@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,11 @@ class Trained:
     pixels: int
 
 
-def export(path: Path, trained: Trained) -> None:
-    """Write the weights as safetensors, all that is needed to use them in its metadata. Raises OSError."""
+def export(path: Path, trained: Trained) -> str:
+    """Write the weights as safetensors, all that is needed to use them in its metadata; returns the file's sha256.
+
+    Raises OSError.
+    """
     from safetensors.torch import save
 
     about = {
@@ -42,7 +46,9 @@ def export(path: Path, trained: Trained) -> None:
         "pixels": trained.pixels,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.net.state_dict().items()}
-    write_atomically(path, save(tensors, metadata={"k8scifar": json.dumps(about)}))
+    content = save(tensors, metadata={"k8scifar": json.dumps(about)})
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def open_model(path: Path) -> Trained:

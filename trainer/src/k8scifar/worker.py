@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from k8scifar import processes
-from k8scifar.errors import PREEMPTED
+from k8scifar.errors import FAILED, PREEMPTED
 
 
 def main(arguments: list[str]) -> int:
@@ -30,6 +30,10 @@ def main(arguments: list[str]) -> int:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:
         (folder / f"exit.{rank}").write_text(str(int(code or 0)))
+    if code == FAILED:  # a peer is lost, and torch's own end would wait for it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return int(code or 0)
 
 

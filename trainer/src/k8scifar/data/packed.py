@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from k8scifar.errors import UserError
-from k8scifar.files import write_atomically
+from k8scifar.errors import TrainingError, UserError
+from k8scifar.files import TRANSIENT, write_atomically
+from k8scifar.files import read as read_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -92,7 +93,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a packed folder, None where there is none. Raises UserError where it is damaged."""
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_file(path))
         if values.get("format") != FORMAT:
             raise UserError(f"{path} has format {values.get('format')}, not {FORMAT}; run `k8scifar prepare` again")
         return Manifest(**values)
@@ -107,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 def read(folder: Path, manifest: Manifest, split: str) -> Split:
     """One split, each byte of it checked against the manifest.
 
-    Raises UserError naming the file that is missing, cut short or altered.
+    Raises UserError naming the file that is missing, cut short or altered, TrainingError where its volume fails.
     """
     return Split(*(_read_array(folder, manifest.files[f"{split}-{kind}"]) for kind in ("images", "labels")))
 
@@ -134,8 +135,10 @@ def remove_strays(folder: Path, manifest: Manifest) -> None:
 def _read_array(folder: Path, entry: dict[str, Any]) -> np.ndarray:
     path = folder / entry["name"]
     try:
-        blob = path.read_bytes()
+        blob = read_file(path)
     except OSError as error:
+        if error.errno in TRANSIENT:
+            raise TrainingError(f"data file {path} can't be read ({error.strerror}); look at its volume") from None
         what = "is missing" if error.errno == errno.ENOENT else f"can't be read ({os.strerror(error.errno or 0)})"
         raise UserError(f"data file {path} {what}; run `k8scifar prepare` again") from None
     if len(blob) != entry["bytes"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from k8scifar.data import packed
 from k8scifar.errors import TrainingError, UserError
-from k8scifar.files import locked
+from k8scifar.files import locked, remove_temporary
 
 NOTICE = (
     "NOTICE: CIFAR-10 can't be downloaded here, so SYNTHETIC pictures are used instead.\n"
@@ -49,7 +49,9 @@ def prepare(folder: Path, source: str = "auto") -> tuple[packed.Manifest, bool]:
     check_source(source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".prepare.lock"):
+        with locked(folder / ".prepare.lock") as held:
+            if held:
+                remove_temporary(folder)  # of one that was killed
             manifest = _present(folder, source)
             if manifest:
                 return manifest, False
