@@ -310,6 +310,13 @@ def test_cuda_lock_adds_to_the_common_one():
     assert not [name for name in common if name.startswith("nvidia")]
 
 
+def test_remote_lock_adds_what_s3_needs():
+    common, remote = locked(), locked("requirements-remote.lock")
+    assert not set(common) & set(remote)
+    assert {"s3fs", "aiobotocore", "aiohttp"} <= set(remote)
+    assert not [name for name in remote if name.startswith(("nvidia", "cuda", "torch"))]
+
+
 def test_cuda_takes_no_wheels_that_pip_knows_of(tmp_path, monkeypatch):
     (tmp_path / "torch-9.9+cpu-py3-none-any.whl").write_text("wheel")
     monkeypatch.delenv("WHEELS", raising=False)

@@ -94,7 +94,7 @@ class Ema(_Section):
 
 class Data(_Section):
     source: str = Field("auto", pattern=r"^(auto|cifar10|synthetic|imagefolder:.+)$")
-    """`auto`, `cifar10`, `synthetic` or `imagefolder:PATH` (a folder, or a .tar or .tar.gz of one)."""
+    """`auto`, `cifar10`, `synthetic` or `imagefolder:PATH` (a folder, a .tar or .tar.gz of one, or its address)."""
     dir: str = "data"
     """Folder of the packed data set."""
 
