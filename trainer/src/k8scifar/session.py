@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import k8scifar
-from k8scifar import checkpoint, model, parallel, records, trained
+from k8scifar import checkpoint, model, parallel, records, report, trained
 from k8scifar.clock import StepClock
 from k8scifar.config import Config
 from k8scifar.data import packed
@@ -171,6 +171,8 @@ class Session:
             )
             weights = self.folder.export(model_file)
             summary = records.summarise(state, self.plan, self.outcome, self.precision, weights)
+            summary["mistakes"] = records.mistakes(self.outcome, self.splits["test"])
+            report.attempt(self.folder.path, summary, self.splits["test"], self.progress.say)
             self.folder.write_summary(summary)
             self.board.text("summary", json.dumps(summary, indent=1))
             self.progress.say(records.describe(summary, self.folder.path))
