@@ -13,8 +13,8 @@ from chart_helpers import ROOT, one
 TOOLS = ROOT / "trainer" / "tools"
 RUNNING = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
 
-# Logs its arguments, then answers: objects and texts from files; tar is a real one, on a folder that stands for a pod's.
-KUBECTL = '''#!{python}
+# Logs its arguments, then answers: objects and texts from files; tar is a real one on a folder that stands for a pod's.
+KUBECTL = """#!{python}
 import json, os, pathlib, subprocess, sys
 home = pathlib.Path({home!r})
 words = [word for word in sys.argv[1:] if not word.startswith(("--namespace=", "--context=", "--request-timeout="))]
@@ -47,7 +47,7 @@ elif verb == "exec" and "tar" in words:
     sys.exit(made.returncode)
 elif verb == "exec":
     print("cifar: training, 1 epoch(s) finished")
-'''
+"""
 
 
 class Stage:

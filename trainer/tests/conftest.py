@@ -91,6 +91,7 @@ def weights_hash(folder: Path) -> str:
     """sha256 of a finished run's weights, as its summary has it."""
     return json.loads((folder / "summary.json").read_text())["weights_sha256"]
 
+
 # --- for the tests of the cluster tools
 
 

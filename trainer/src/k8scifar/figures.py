@@ -52,9 +52,10 @@ def confusion(matrix: torch.Tensor, classes: list[str], themed: bool = False) ->
         for column, value in enumerate(values):
             if value >= 0.5:
                 colour = "white" if value > 50 else INK if themed else "black"
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+                size = 9 if themed else 7
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=colour)
     if themed:
-        _theme(axes)
+        _theme(axes, size=10)
     return figure
 
 
@@ -69,6 +70,7 @@ def curves(series: dict[str, list[tuple[float, float]]], percent: bool = False) 
         marker = "o" if len(points) <= 40 else None
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, marker=marker, markersize=3, label=name)
     axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color=LINE, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if percent:
@@ -94,11 +96,11 @@ def svg(figure: Figure) -> str:
     return text
 
 
-def _theme(axes) -> None:
+def _theme(axes, size: int = 8) -> None:
     """Put an axes' own lines and words into the colours of THEME."""
-    axes.tick_params(color=LINE, labelcolor=INK, labelsize=8)
+    axes.tick_params(color=LINE, labelcolor=INK, labelsize=size)
     for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=INK, size=8)
+        label.set(color=INK, size=size)
     for spine in axes.spines.values():
         spine.set_color(LINE)
 

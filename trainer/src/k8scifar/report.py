@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if split is not None and "mistakes" not in summary:  # of a version that did not keep them
         from k8scifar import evaluate, records
 
-        outcome, _ = evaluate.measure(folder, args.data_dir)
+        outcome, _ = evaluate.measure(folder, args.data_dir, [f"hardware.precision={summary['precision']}"])
         summary["mistakes"] = records.mistakes(outcome, split)
     try:
         print(write(folder, summary, split))
