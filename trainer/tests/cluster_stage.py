@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chart_helpers import ROOT, one
+from chart_helpers import ROOT
 
 TOOLS = ROOT / "trainer" / "tools"
 RUNNING = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
@@ -100,8 +100,8 @@ class Stage:
 
 def pod(objects: list[dict], name: str, component: str, state: dict, at: str = "") -> dict:
     """A pod of a workload as the API server shows it, standing at a container in a state."""
-    kind = "Deployment" if component == "tensorboard" else "StatefulSet"
-    template = copy.deepcopy(one(objects, kind)["spec"]["template"])
+    kinds = ("Deployment",) if component == "tensorboard" else ("StatefulSet", "Job")
+    template = copy.deepcopy(next(item for item in objects if item["kind"] in kinds)["spec"]["template"])
     inits = [container["name"] for container in template["spec"].get("initContainers", [])]
     before = inits[: inits.index(at)] if at in inits else inits
     done = [{"name": each, "state": {"terminated": {"exitCode": 0}}} for each in before]

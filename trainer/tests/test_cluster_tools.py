@@ -82,6 +82,16 @@ def test_logs_show_the_container_a_pod_is_at(stage, rendered):
     ]
 
 
+def test_logs_of_a_job_that_is_done(stage):
+    objects = render(*NFS, "job.yaml")
+    ended = {"terminated": {"exitCode": 0}}
+    stage.objects(installed(objects, *(pod(objects, f"cifar-{index}-x", "trainer", ended) for index in (0, 1))))
+    assert "pod cifar-0-x on node-a: trainer done" in stage.run("cluster", "status").stdout
+    assert stage.run("cluster", "logs").returncode == 0
+    (asked,) = stage.said("logs")
+    assert "--container=trainer" in asked
+
+
 def test_tensorboard_is_forwarded(stage, rendered):
     stage.objects(everything_runs(rendered))
     done = stage.run("cluster", "tensorboard", "--port=7007")

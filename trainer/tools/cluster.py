@@ -44,9 +44,10 @@ def status(release: Release) -> int:
         print(f"  volume {claim['metadata']['name']}: {state.get('phase', 'unknown')} {size}".rstrip())
     for event in warnings(release):
         print(f"  warning: {event}")
-    if reader := release.reader():
+    reader = release.reader()
+    if reader and (folder := release.run_dir(needed=False)):
         pod, container = reader
-        asked = ("k8scifar", "status", release.run_dir())
+        asked = ("k8scifar", "status", folder)
         done = release.kubectl.run("exec", pod, f"--container={container}", "--", *asked)
         print((done.stdout or done.stderr).strip())
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import platform
 import re
 import shutil
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kube import ROOT, Kubectl, Release, ToolError, arguments, exit_code, standing
+from kube import ROOT, Kubectl, Release, arguments, exit_code, standing
 
 HIDDEN = "[left out]"
 LINES = 2000  # of each log
@@ -145,13 +146,9 @@ def collect(release: Release, archive: Archive) -> None:
     standings = (f"{pod['metadata']['name']}: {' '.join(standing(pod))}\n" for pod in release.pods())
     archive.add("release/pods.txt", "".join(standings))
     archive.add("preflight.txt", preflight(release))
-    if reader := release.reader():
+    reader = release.reader()
+    if reader and (folder := release.run_dir(needed=False)):
         pod, container = reader
-        try:
-            folder = release.run_dir()
-        except ToolError as error:
-            archive.add("run/error.txt", str(error))
-            return
         inside = ("exec", pod, f"--container={container}", "--")
         ask("run/status.json", *inside, "k8scifar", "status", folder, "--json")
         ask("run/files.txt", *inside, "ls", "-laR", folder)
@@ -194,10 +191,13 @@ def versions(kubectl: Kubectl) -> str:
 
 def helm(kubectl: Kubectl, *words: str) -> str:
     """What helm says of the release."""
-    if not shutil.which("helm"):
+    # Where `make install` keeps the one that it fetched.
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k8scifar"
+    found = os.environ.get("HELM") or shutil.which("helm") or next((str(path) for path in cached.glob("helm*-*")), "")
+    if not found:
         return "helm: not on PATH"
     context = [f"--kube-context={kubectl.context}"] if kubectl.context else []
-    command = ["helm", *words, f"--namespace={kubectl.namespace}", *context]
+    command = [found, *words, f"--namespace={kubectl.namespace}", *context]
     done = subprocess.run(command, text=True, capture_output=True, errors="replace", timeout=60)
     return done.stdout if done.returncode == 0 else f"{done.stdout}\n{done.stderr}"
 

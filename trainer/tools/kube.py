@@ -101,11 +101,13 @@ class Release:
         claims = [claim for claim in claims if label(claim, "component") == "checkpoints"]
         return [item for item in [self.workload, *self.objects.get("Deployment", []), *claims] if item]
 
-    def run_dir(self) -> str:
-        """The run folder as the pods see it. Raises ToolError."""
+    def run_dir(self, needed: bool = True) -> str:
+        """The run folder as the pods see it. Where it is not known, raises ToolError, or is empty if not `needed`."""
         for item in self.carriers():
             if found := item["metadata"].get("annotations", {}).get("k8scifar/run-dir"):
                 return found
+        if not needed:
+            return ""
         raise ToolError(f"release {self.name} does not say where its run is: say it with RUN_DIR={MOUNT}/runs/NAME")
 
     def reader(self) -> tuple[str, str] | None:
@@ -142,6 +144,9 @@ def standing(pod: dict[str, Any]) -> tuple[str, str]:
             return status["name"], f"running{restarts}"
         if "terminated" in state and state["terminated"].get("exitCode"):
             return status["name"], f"ended with exit code {state['terminated']['exitCode']}: {why}".rstrip(": ")
+    last = statuses(pod)[-1:]
+    if last and "terminated" in last[0].get("state", {}):
+        return last[0]["name"], "done"
     conditions = pod.get("status", {}).get("conditions", [])
     unfit = next((each for each in conditions if each["type"] == "PodScheduled" and each["status"] == "False"), None)
     if unfit:
