@@ -200,7 +200,13 @@ def test_build_arguments(stage):
     line = stage.call("docker build ")
     assert f"--tag k8scifar:{image.version()} ." in line and "--file image/Dockerfile" in line
     assert "--build-arg=VARIANT=cpu" in line and f"--build-arg=VERSION={image.version()}" in line
-    assert "TORCH_BACKEND" not in line and "BASE=" not in line
+    assert "TORCH_BACKEND" not in line and "BASE=" not in line and "EXTRAS" not in line
+
+
+def test_extras_reach_the_build(stage):
+    stage.tool("docker", DOCKER)
+    assert stage.run("build", EXTRAS="remote").returncode == 0
+    assert "--build-arg=EXTRAS=remote" in stage.call("docker build ")
 
 
 def test_cuda_variant(stage):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from html.parser import HTMLParser
 
 import pytest
@@ -102,15 +103,21 @@ def test_without_events_and_pictures_it_says_so(finished):
     assert "Not recorded" in text and "k8scifar report RUN --data-dir DIR shows them" in text
 
 
-@pytest.mark.parametrize("spoil", ["summary", "folder"])
-def test_a_report_that_fails_is_one_line_and_no_failure(finished, spoil, tiny_data):
+@pytest.mark.parametrize("spoil", ["summary", "folder", "time"])
+def test_a_report_that_fails_is_one_line_and_no_failure(finished, spoil, tiny_data, monkeypatch):
     folder, summary = finished
+    hurry, released = 60.0, threading.Event()
     if spoil == "summary":
         del summary["confusion"]
-    else:
+    elif spoil == "folder":
         (folder / report.NAME).mkdir()
+    else:
+        hurry = 0.1
+        monkeypatch.setattr(report, "page", lambda *_: released.wait(60) and "late")
     said: list[str] = []
-    report.attempt(folder, summary, packed.read(tiny_data, require(tiny_data), "test"), said.append)
+    report.attempt(folder, summary, packed.read(tiny_data, require(tiny_data), "test"), said.append, hurry)
+    released.set()
+    assert not (folder / report.NAME).is_file()
     assert len(said) == 1 and "no report was written" in said[0] and "\n" not in said[0]
 
 

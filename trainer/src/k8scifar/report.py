@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import logging
+import threading
 import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -57,10 +58,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def attempt(folder: Path, summary: dict[str, Any], split: packed.Split, say: Callable[[str], None]) -> None:
-    """Write the report; where that fails, say so in a line: a trained model is worth more than its report."""
+def attempt(
+    folder: Path, summary: dict[str, Any], split: packed.Split, say: Callable[[str], None], seconds: float
+) -> None:
+    """Write the report; where that fails or takes longer than `seconds`, say so in a line.
+
+    A trained model is worth more than its report, and the other ranks wait meanwhile.
+    """
+    made: list[str | Exception] = []
+
+    def make() -> None:
+        try:
+            made.append(page(folder, summary, split))
+        except Exception as error:
+            made.append(error)
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    outcome = made[0] if made else TimeoutError(f"it takes longer than {seconds:.0f} s")
     try:
-        write(folder, summary, split)
+        if isinstance(outcome, Exception):
+            raise outcome
+        write_atomically(folder / NAME, outcome.encode())
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         say(f"no report was written ({reason}); `k8scifar report {folder}` tries again")

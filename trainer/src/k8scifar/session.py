@@ -172,7 +172,8 @@ class Session:
             weights = self.folder.export(model_file)
             summary = records.summarise(state, self.plan, self.outcome, self.precision, weights)
             summary["mistakes"] = records.mistakes(self.outcome, self.splits["test"])
-            report.attempt(self.folder.path, summary, self.splits["test"], self.progress.say)
+            limit = config.distributed.timeout_seconds / 2
+            report.attempt(self.folder.path, summary, self.splits["test"], self.progress.say, limit)
             self.folder.write_summary(summary)
             self.board.text("summary", json.dumps(summary, indent=1))
             self.progress.say(records.describe(summary, self.folder.path))
