@@ -93,7 +93,7 @@ def tool(rendered, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api) as server:
         server.items = [*installed(rendered, early, waiting), event, event | {"type": "Normal", "message": "fine"}]
         server.asked = []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         cluster = {"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
         context = {"name": "here", "context": {"cluster": "here", "user": ""}}
         config = {"clusters": [cluster], "contexts": [context], "current-context": "here"}

@@ -156,7 +156,7 @@ def standing(pod: dict[str, Any]) -> tuple[str, str]:
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every tool takes."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--release", default="cifar")
     parser.add_argument("--namespace", default="default")
     parser.add_argument("--context", default="", help="kubectl's context; default: the current one")

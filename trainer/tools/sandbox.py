@@ -156,7 +156,7 @@ def call(command: list[str], given: str | None = None, environment: dict[str, st
 
 def main(words: list[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("action", choices=("up", "down"))
     parser.add_argument("--cluster", default="", help="kind, k3d or minikube; default: the first that is installed")
     parser.add_argument("--release", default="cifar")
