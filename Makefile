@@ -48,6 +48,9 @@ train: $(READY) ## train with DDP, NPROC=2 processes here; DATA=auto|cifar10|ima
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
 	@$(BIN)/k8scifar launch --nproc-per-node $(NPROC) --recipe $(RECIPE) --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)" --name $(NAME) $(ARGS)
 
+report: $(READY) ## write runs/NAME/report.html of a finished run again
+	@$(BIN)/k8scifar report "$(RUNS_DIR)/$(NAME)" --data-dir "$(DATA_DIR)"
+
 evaluate: $(READY) ## evaluate the trained model of run NAME
 	@$(BIN)/k8scifar evaluate "$(RUNS_DIR)/$(NAME)" --data-dir "$(DATA_DIR)" $(ARGS)
 
@@ -93,8 +96,38 @@ chart-docs: $(READY) ## write the table in chart/README.md anew, from chart/valu
 package: $(READY) ## pack the chart into dist/
 	@$(FIND_HELM); "$$helm" package chart --destination dist
 
+##@ Cluster
+# For RELEASE in NAMESPACE of kubectl's current context, or CONTEXT=...; they need Python and kubectl, nothing more.
+CONTEXT ?=
+CLUSTER ?=
+PORT ?= 6006
+RUN_DIR ?=
+IN_CLUSTER = --release "$(RELEASE)" --namespace "$(NAMESPACE)" --context "$(CONTEXT)"
+CLUSTER_TOOL = $(PYTHON) trainer/tools/cluster.py
+
+up: ## from nothing: a throw-away two-worker cluster here (CLUSTER=kind|k3d|minikube), image and chart in it
+	@$(PYTHON) trainer/tools/sandbox.py up --cluster "$(CLUSTER)" --release "$(RELEASE)" --namespace "$(NAMESPACE)" $(HELM_ARGS)
+
+down: ## delete the cluster of `make up`; its data and runs stay
+	@$(PYTHON) trainer/tools/sandbox.py down --cluster "$(CLUSTER)"
+
+status: ## pods, volumes, warnings and progress of RELEASE=cifar NAMESPACE=default
+	@$(CLUSTER_TOOL) status $(IN_CLUSTER)
+
+logs: ## follow the trainers of RELEASE; ARGS="--previous --tail=50" goes to kubectl
+	@$(CLUSTER_TOOL) logs $(IN_CLUSTER) $(ARGS)
+
+results: ## copy the run of RELEASE (report, weights, metrics, curves) to results/RELEASE; ARGS=--checkpoints for all
+	@$(CLUSTER_TOOL) results $(IN_CLUSTER) --run-dir "$(RUN_DIR)" --image "$(IMAGE)" $(ARGS)
+
+tensorboard-cluster: ## TensorBoard of RELEASE at http://localhost:PORT/ while it runs; PORT=6006
+	@$(CLUSTER_TOOL) tensorboard $(IN_CLUSTER) --port $(PORT)
+
+diagnose: ## collect what a bug report needs of RELEASE, secrets left out, into results/
+	@$(PYTHON) trainer/tools/diagnose.py $(IN_CLUSTER)
+
 ##@ Image
-image: ## build the container image; VARIANT=cpu|cuda PLATFORMS=linux/amd64,linux/arm64 ENGINE=docker|podman|buildah
+image: ## build the container image; VARIANT=cpu|cuda EXTRAS=remote PLATFORMS=linux/amd64,linux/arm64 ENGINE=docker|podman|buildah
 	@$(PYTHON) image/image.py build
 
 image-smoke: ## train in two hardened containers of the image on a private network
@@ -135,6 +168,7 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix trainer
 	@$(BIN)/ruff format trainer
 
-.PHONY: help venv clean train evaluate tensorboard test chaos lint format \
+.PHONY: help venv clean train report evaluate tensorboard test chaos lint format \
+	up down status logs results tensorboard-cluster diagnose \
 	chart-lint template install uninstall schema chart-docs package \
 	image image-smoke push load sbom scan image-lock image-test

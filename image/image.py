@@ -1,7 +1,7 @@
 """Builds, pushes, loads and inspects the container image, with docker, podman or buildah; `make` calls it.
 
 Choices come from the environment (make passes its command line's on): ENGINE VARIANT PLATFORMS REGISTRY IMAGE TAG
-BASE PYTHON_VERSION TORCH_BACKEND WHEELS SOURCE CLUSTER.
+BASE PYTHON_VERSION TORCH_BACKEND EXTRAS WHEELS SOURCE CLUSTER.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def build_arguments() -> dict[str, str]:
         "SOURCE": source(),
         "CREATED": git("show", "-s", "--format=%cI", "HEAD"),
     }
-    values |= {key: choice(key) for key in ("BASE", "PYTHON_VERSION", "TORCH_BACKEND")}
+    values |= {key: choice(key) for key in ("BASE", "PYTHON_VERSION", "TORCH_BACKEND", "EXTRAS")}
     return {key: value for key, value in values.items() if value}
 
 

@@ -17,21 +17,30 @@ def lock() -> None:
     uv = next((found for found in (ROOT / ".venv/bin/uv", shutil.which("uv")) if found and Path(found).exists()), None)
     if not uv:
         raise ImageError("uv is missing: make venv")
-    common, cuda = ROOT / "image/requirements.lock", ROOT / "image/requirements-cuda.lock"
-    # torch's own lines go first: without its local part their version would mean the CUDA build.
-    pins = {} if choice("UPGRADE") else versions(common.read_text()) | versions(cuda.read_text())
-    pins = {name: version for name, version in pins.items() if name not in ("torch", "torchvision")}
+    common, cuda, remote = (ROOT / f"image/requirements{part}.lock" for part in ("", "-cuda", "-remote"))
+    pins: dict[str, str] = {}
+    for file in (common, cuda, remote):
+        pins |= versions(file.read_text()) if file.exists() and not choice("UPGRADE") else {}
     folder = wheel_folder()
-    found = compiled(str(uv), pins, ["--find-links", str(folder)] if folder else ["--torch-backend", "cpu"])
+    sources = ["--find-links", str(folder)] if folder else ["--torch-backend", "cpu"]
+    # torch's own lines go first: without its local part their version would mean the CUDA build.
+    found = compiled(str(uv), without_torch(pins), sources)
     write_lock(common, found)
+    # What EXTRAS=remote adds.
+    more = compiled(str(uv), without_torch(found | pins), [*sources, "--extra", "remote"])
+    write_lock(remote, {name: version for name, version in more.items() if name not in found})
     # The CUDA build of the registry adds NVIDIA's packages; the rest is the same.
-    both = compiled(str(uv), found | pins, [])
+    both = compiled(str(uv), found | without_torch(pins), [])
     write_lock(cuda, {name: version for name, version in both.items() if name not in found})
 
 
 def versions(text: str) -> dict[str, str]:
     """The pins of a lock. CPU and CUDA builds are one version: which is taken is the variant's choice."""
     return dict(re.findall(r"(?m)^([a-z0-9.-]+)==([^+\s]+)", text))
+
+
+def without_torch(pins: dict[str, str]) -> dict[str, str]:
+    return {name: version for name, version in pins.items() if name not in ("torch", "torchvision")}
 
 
 def compiled(uv: str, pins: dict[str, str], sources: list[str]) -> dict[str, str]:

@@ -28,8 +28,9 @@ STANDARD = [
     "signal", "sqlite3", "statistics", "tarfile", "uuid", "xml.etree.ElementTree", "zipfile",
 ]  # fmt: skip
 LIBRARIES = [
-    "matplotlib.backends.backend_agg", "matplotlib.pyplot", "numpy", "PIL.Image", "PIL.JpegImagePlugin",
-    "PIL.PngImagePlugin", "pydantic", "safetensors.torch", "tensorboard.backend.event_processing.event_accumulator",
+    "jinja2", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.pyplot",
+    "numpy", "PIL.Image", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "pydantic", "safetensors.torch",
+    "tensorboard.backend.event_processing.event_accumulator",
     "torch.distributed.run", "torch.distributed.elastic.multiprocessing", "torch.multiprocessing",
     "torch.nn.functional", "torch.optim.lr_scheduler", "torch.utils.flop_counter", "torch.utils.tensorboard",
     "torchmetrics.classification", "torchvision.datasets", "torchvision.models", "torchvision.transforms.v2",

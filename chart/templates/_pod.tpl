@@ -20,6 +20,11 @@ spec:
   serviceAccountName: {{ include "k8scifar.serviceAccount" . }}
   automountServiceAccountToken: {{ include "k8scifar.scalesDown" . }}
   enableServiceLinks: false
+  {{- if .Values.hostNetwork }}
+  hostNetwork: true
+  # The cluster's names, where hostNetwork's default would be the machine's.
+  dnsPolicy: ClusterFirstWithHostNet
+  {{- end }}
   terminationGracePeriodSeconds: {{ .Values.workload.terminationGracePeriodSeconds }}
   {{- with .Values.imagePullSecrets }}
   imagePullSecrets:
@@ -70,6 +75,15 @@ spec:
     {{- end }}
     - name: prepare
       {{- include "k8scifar.container" . | nindent 6 }}
+        {{- with .Values.dataset.s3Endpoint }}
+        - name: AWS_ENDPOINT_URL
+          value: {{ . | quote }}
+        {{- end }}
+      {{- with .Values.dataset.credentialsSecret }}
+      envFrom:
+        - secretRef:
+            name: {{ . }}
+      {{- end }}
       # Pod 0 prepares the data set, the others wait for its copy.
       command:
         - sh
@@ -123,6 +137,9 @@ spec:
       ports:
         - name: rendezvous
           containerPort: {{ .Values.rendezvous.port }}
+          {{- if .Values.hostNetwork }}
+          hostPort: {{ .Values.rendezvous.port }}
+          {{- end }}
       startupProbe:
         {{- include "k8scifar.heartbeatProbe" . | nindent 8 }}
         periodSeconds: 5

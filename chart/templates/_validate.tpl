@@ -60,6 +60,9 @@
 {{- fail "\n\ncompletion.policy=scaleDown is for a StatefulSet: a Job's pods complete by themselves; set it to hold\n" -}}
 {{- end -}}
 {{- end -}}
+{{- if and $values.hostNetwork (gt (int $values.nodes) 1) (ne $values.podAntiAffinity.mode "required") -}}
+{{- fail (printf "\n\nhostNetwork needs podAntiAffinity.mode=required: pods on one machine would claim its port %d together\n" (int $values.rendezvous.port)) -}}
+{{- end -}}
 {{- $timeout := dig "distributed" "timeout_seconds" 60 $values.train | float64 -}}
 {{- if le (float64 $values.probes.livenessSeconds) $timeout -}}
 {{- fail (printf "\n\nprobes.livenessSeconds %d must be more than train.distributed.timeout_seconds %g: the ranks themselves should notice a lost peer first\n" (int $values.probes.livenessSeconds) $timeout) -}}

@@ -90,3 +90,34 @@ def history(folder: Path) -> list[dict]:
 def weights_hash(folder: Path) -> str:
     """sha256 of a finished run's weights, as its summary has it."""
     return json.loads((folder / "summary.json").read_text())["weights_sha256"]
+
+
+# --- for the tests of the cluster tools
+
+
+@pytest.fixture
+def stage(tmp_path: Path):
+    """Stand-ins for kubectl and its like."""
+    from cluster_stage import Stage
+
+    return Stage(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def rendered() -> list[dict]:
+    """The chart's objects, as values/two-node.yaml has them."""
+    from chart_helpers import NFS, render
+
+    return render(*NFS)
+
+
+@pytest.fixture
+def run_folder(stage) -> Path:
+    """The run folder in the volume."""
+    folder = stage.home / "volumes" / "checkpoints" / "runs" / "cifar"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "step-1.pt").write_bytes(b"c" * 5000)
+    (folder / "model.safetensors").write_bytes(os.urandom(50_000))
+    (folder / "summary.json").write_text(json.dumps({"accuracy": 0.9, "epochs": 3}))
+    (folder / "report.html").write_text("<!doctype html>")
+    return folder

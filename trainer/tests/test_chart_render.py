@@ -16,6 +16,8 @@ COMBINATIONS = [
     (*NFS, "--set=workload.kind=Job,job.ttlSecondsAfterFinished=0,job.activeDeadlineSeconds=60,nodes=1"),
     (*NFS, "--set=tensorboard.enabled=false,networkPolicy.enabled=false,preflight.enabled=false,keepVolumes=false"),
     (*NFS, "--set=tensorboard.ingress.enabled=true,tensorboard.ingress.host=a.example,tensorboard.ingress.tlsSecret=s"),
+    (*NFS, "--set=hostNetwork=true,rendezvous.port=29600,dataset.credentialsSecret=s,dataset.s3Endpoint=http://m:9000"),
+    (*NFS, "--set=hostNetwork=true,workload.kind=Job"),
     (
         "--set=dataset.existingClaim=a,checkpoints.storageClassName=fast,user.fsGroup=0,user.supplementalGroups={7,8}",
         "--set=podAnnotations.a=b,podLabels.c=d,schedulerName=volcano,priorityClassName=high,nodeSelector.x=y",
@@ -211,6 +213,40 @@ def test_only_peers_reach_the_training_pods(two_node):
     limited = render(*NFS, "--set=networkPolicy.tensorboardFrom[0].ipBlock.cidr=10.0.0.0/8")
     (rule,) = one(limited, "NetworkPolicy", "cifar-tensorboard")["spec"]["ingress"]
     assert rule["from"] == [{"ipBlock": {"cidr": "10.0.0.0/8"}}]
+
+
+def test_host_network_keeps_the_clusters_names_and_claims_its_port(two_node):
+    objects = render(*NFS, "--set=hostNetwork=true,rendezvous.port=29600")
+    pod = trainer(objects)
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    assert container(pod)["ports"] == [{"name": "rendezvous", "containerPort": 29600, "hostPort": 29600}]
+    assert "--master-port=29600" in container(pod)["args"]
+    assert "--master-addr=cifar-0.cifar.default.svc.cluster.local" in container(pod)["args"], "names, not addresses"
+    # A policy that no network enforces would only look like one; TensorBoard stays on the pod network, and guarded.
+    assert [item["metadata"]["name"] for item in objects if item["kind"] == "NetworkPolicy"] == ["cifar-tensorboard"]
+    assert "hostNetwork" not in one(objects, "Deployment")["spec"]["template"]["spec"]
+    assert not {"hostNetwork", "dnsPolicy"} & set(trainer(two_node))
+    assert "hostPort" not in container(trainer(two_node))["ports"][0]
+    assert trainer(render(*NFS, "--set=hostNetwork=true,nodes=1,podAntiAffinity.mode=none"))["hostNetwork"]
+
+
+def test_credentials_reach_the_container_that_fetches_the_data_and_no_other():
+    options = "--set=dataset.credentialsSecret=keys,dataset.s3Endpoint=http://minio:9000,extraEnv[0].name=A"
+    pod = trainer(render(*NFS, options, "--set=extraEnv[0].value=b"))
+    prepare = container(pod, "prepare")
+    assert prepare["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert {"name": "AWS_ENDPOINT_URL", "value": "http://minio:9000"} in prepare["env"]
+    for other in pod["containers"] + pod["initContainers"]:
+        if other["name"] != "prepare":
+            assert "envFrom" not in other and "AWS_ENDPOINT_URL" not in str(other)
+
+
+def test_what_is_left_behind_says_where_the_run_is(two_node):
+    for kind, name in (("StatefulSet", None), ("Deployment", None), ("PersistentVolumeClaim", "cifar-checkpoints")):
+        annotations = one(two_node, kind, name)["metadata"]["annotations"]
+        assert annotations["k8scifar/run-dir"] == "/volumes/checkpoints/runs/cifar"
+    assert annotations["k8scifar/user"] == "1000:1000"
+    assert annotations["k8scifar/image"] == container(trainer(two_node))["image"]
 
 
 def test_scale_down_may_change_one_scale_and_nothing_else(two_node):

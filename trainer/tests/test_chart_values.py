@@ -58,6 +58,8 @@ SCHEMA = json.loads((CHART / "values.schema.json").read_text())
         ((*NFS, "--set=probes.livenessSeconds=60"), "must be more than train.distributed.timeout_seconds 60"),
         ((*NFS, "--set=tensorboard.ingress.enabled=true"), "tensorboard.ingress.host"),
         ((*NFS, "--set=user.uid=0"), "uid"),
+        ((*NFS, "--set=hostNetwork=true,podAntiAffinity.mode=preferred"), "would claim its port 29500 together"),
+        ((*NFS, "--set=dataset.s3Endpoint=minio"), "s3Endpoint"),
     ],
 )
 def test_bad_values_are_refused_with_a_sentence(options, words, major):
@@ -148,6 +150,7 @@ OTHER = {
     "nfs.path": "/other",
     "nfs.mountOptions": ["ro"],
     "dataset.source": "synthetic",
+    "dataset.s3Endpoint": "http://minio.storage:9000",
     "workload.kind": "Job",
     "completion.policy": "scaleDown",
     "podAntiAffinity.mode": "preferred",

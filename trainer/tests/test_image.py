@@ -200,7 +200,13 @@ def test_build_arguments(stage):
     line = stage.call("docker build ")
     assert f"--tag k8scifar:{image.version()} ." in line and "--file image/Dockerfile" in line
     assert "--build-arg=VARIANT=cpu" in line and f"--build-arg=VERSION={image.version()}" in line
-    assert "TORCH_BACKEND" not in line and "BASE=" not in line
+    assert "TORCH_BACKEND" not in line and "BASE=" not in line and "EXTRAS" not in line
+
+
+def test_extras_reach_the_build(stage):
+    stage.tool("docker", DOCKER)
+    assert stage.run("build", EXTRAS="remote").returncode == 0
+    assert "--build-arg=EXTRAS=remote" in stage.call("docker build ")
 
 
 def test_cuda_variant(stage):
@@ -308,6 +314,13 @@ def test_cuda_lock_adds_to_the_common_one():
     assert not set(common) & set(cuda)
     assert "triton" in cuda and any(name.startswith("nvidia-cudnn") for name in cuda)
     assert not [name for name in common if name.startswith("nvidia")]
+
+
+def test_remote_lock_adds_what_s3_needs():
+    common, remote = locked(), locked("requirements-remote.lock")
+    assert not set(common) & set(remote)
+    assert {"s3fs", "aiobotocore", "aiohttp"} <= set(remote)
+    assert not [name for name in remote if name.startswith(("nvidia", "cuda", "torch"))]
 
 
 def test_cuda_takes_no_wheels_that_pip_knows_of(tmp_path, monkeypatch):

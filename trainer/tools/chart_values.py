@@ -57,6 +57,8 @@ class Checkpoints(Section):
 
 class Dataset(Checkpoints):
     source: str = Field(pattern=r"^(auto|cifar10|synthetic(:[0-9]+:[0-9]+)?|imagefolder:.+)$")
+    credentialsSecret: str
+    s3Endpoint: str = Field(pattern=r"^(https?://.+)?$")
     waitSeconds: int = Field(ge=1)
 
 
@@ -201,6 +203,7 @@ class Values(Section):
     job: Job
     completion: Completion
     rendezvous: Rendezvous
+    hostNetwork: bool
     clusterDomain: str = Field(pattern=r"^[a-z0-9.-]*$")
     gpu: Gpu
     runtimeClassName: str

@@ -58,8 +58,10 @@ class Board:
             from k8scifar import figures
 
             self._write("add_figure", "test/confusion", figures.confusion(outcome.confusion, classes), step)
-            at, titles = records.worst(outcome, split, classes)
-            self._write("add_figure", "test/worst_mistakes", figures.mistakes(split.images[at], titles), step)
+            wrong = records.mistakes(outcome, split)
+            titles = [f"{classes[each['true']]} > {classes[each['predicted']]}" for each in wrong]
+            pictures = split.images[[each["picture"] for each in wrong]]
+            self._write("add_figure", "test/worst_mistakes", figures.mistakes(pictures, titles), step)
             self._write("flush")
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "preflight": ("preflight", "add_arguments", "run", "check names, volumes and network before training"),
     "status": ("status", "add_arguments", "run", "say from its run folder what a training is doing"),
     "evaluate": ("evaluate", "add_arguments", "run", "evaluate a trained model on the test pictures"),
+    "report": ("report", "add_arguments", "run", "write the report of a finished run again"),
     "predict": ("predict", "add_arguments", "run", "classify pictures"),
     "config": ("settings", "add_config_arguments", "run_config", "print the resolved configuration, or its schema"),
 }

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from k8scifar.data import remote
 
 DEFAULT_RECIPE = "demo"
 
@@ -99,9 +101,16 @@ class Ema(_Section):
 
 class Data(_Section):
     source: str = Field("auto", pattern=r"^(auto|cifar10|synthetic|imagefolder:.+)$")
-    """`auto`, `cifar10`, `synthetic` or `imagefolder:PATH` (a folder, or a .tar or .tar.gz of one)."""
+    """`auto`, `cifar10`, `synthetic` or `imagefolder:PATH` (a folder, a .tar or .tar.gz of one, or its address)."""
     dir: str = "data"
     """Folder of the packed data set."""
+
+    @field_validator("source")
+    @classmethod
+    def _without_credentials(cls, source: str) -> str:
+        """config.yaml, the checkpoints and the report show it."""
+        kind, _, address = source.partition(":")
+        return f"{kind}:{remote.public(address)}" if remote.is_address(address) else source
 
 
 class Evaluation(_Section):

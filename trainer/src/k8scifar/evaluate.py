@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,21 +144,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`k8scifar evaluate`."""
+    outcome, classes = measure(Path(args.checkpoint), Path(args.data_dir), args.sets)
+    if outcome is not None:
+        print(json.dumps(outcome.figures) if args.json else describe(outcome.figures, classes))
+    return 0
+
+
+def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outcome | None, list[str]]:
+    """Evaluate the model at `path` on the test pictures: outcome (None on ranks but the first) and class names.
+
+    Raises UserError where there is no model, no data, or they do not fit each other.
+    """
     from k8scifar.data.packed import read
     from k8scifar.data.prepare import require
     from k8scifar.errors import UserError
     from k8scifar.settings import load
     from k8scifar.trained import open_model
 
-    trained = open_model(Path(args.checkpoint))
-    manifest = require(Path(args.data_dir))
+    trained = open_model(path)
+    manifest = require(data_dir)
     if manifest.classes != trained.classes:
         raise UserError(
-            f"{args.checkpoint} knows the classes {', '.join(trained.classes)}, the data set in {args.data_dir} has "
+            f"{path} knows the classes {', '.join(trained.classes)}, the data set in {data_dir} has "
             f"{', '.join(manifest.classes)}; point --data-dir at the data it was trained on"
         )
-    split = read(Path(args.data_dir), manifest, "test")
-    config = load(sets=args.sets)
+    split = read(data_dir, manifest, "test")
+    config = load(sets=sets)
     with parallel.join(config) as world:
         images, labels = (torch.from_numpy(array).to(world.device) for array in (split.images, split.labels))
         pictures = Pictures(images, labels, trained.mean, trained.std)
@@ -172,9 +183,7 @@ def run(args: argparse.Namespace) -> int:
             tta=True,
             precision=parallel.resolve_precision(config, world),
         )
-        if world.leads:
-            print(json.dumps(outcome.figures) if args.json else describe(outcome.figures, trained.classes))
-    return 0
+        return (outcome if world.leads else None), trained.classes
 
 
 def describe(figures: dict[str, Any], classes: list[str]) -> str:

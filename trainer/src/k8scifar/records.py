@@ -1,7 +1,7 @@
 """The run folder: what a run leaves behind, written by rank 0 alone.
 
 ``config.yaml`` (resolved), ``metrics.jsonl`` (a line an epoch), ``summary.json`` (the last thing written, so its
-presence means done), ``model.safetensors``, ``checkpoints/`` and TensorBoard's events.
+presence means done), ``model.safetensors``, ``report.html``, ``checkpoints/`` and TensorBoard's events.
 """
 
 from __future__ import annotations
@@ -171,10 +171,13 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
 
 
-def worst(outcome: Outcome, split: Split, classes: list[str]) -> tuple[list[int], list[str]]:
-    """The wrong pictures of the greatest loss: indices into `split`, and "true > predicted" of each."""
+def mistakes(outcome: Outcome, split: Split) -> list[dict[str, Any]]:
+    """The wrong pictures of the greatest loss: index in `split`, true and predicted class, loss."""
     labels = torch.as_tensor(split.labels)[outcome.samples]
     wrong = (outcome.predictions != labels).nonzero().squeeze(1)
     order = wrong[outcome.losses[wrong].argsort(descending=True)][:WORST]
-    titles = [f"{classes[labels[at]]} > {classes[outcome.predictions[at]]}" for at in order.tolist()]
-    return outcome.samples[order].tolist(), titles
+    columns = (outcome.samples, labels, outcome.predictions, outcome.losses)
+    names = ("picture", "true", "predicted", "loss")
+    return [
+        dict(zip(names, row, strict=True)) for row in zip(*(column[order].tolist() for column in columns), strict=True)
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from k8scifar import checkpoint, model, parallel, records, trained, versions
+from k8scifar import checkpoint, model, parallel, records, report, trained, versions
 from k8scifar.board import Board
 from k8scifar.clock import StepClock
 from k8scifar.config import Config
@@ -191,6 +191,8 @@ class Session:
             try:
                 weights = self.folder.export(model_file)
                 summary = records.summarise(state, self.plan, self.outcome, self.precision, weights)
+                summary["mistakes"] = records.mistakes(self.outcome, self.splits["test"])
+                report.attempt(self.folder.path, summary, self.splits["test"], self.progress.say, self.world.timeout)
                 self.folder.write_summary(summary)
                 break
             except TrainingError as error:

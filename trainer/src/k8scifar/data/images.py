@@ -32,31 +32,33 @@ def decode(content: bytes, name: str, pixels: int = PIXELS) -> np.ndarray:
     return np.asarray(rgb)
 
 
-def read_tree(path: Path) -> tuple[list[str], dict[str, Split]]:
+def read_tree(path: Path, source: str = "") -> tuple[list[str], dict[str, Split]]:
     """Class names and both splits of a folder, or of a .tar or .tar.gz of one, holding train/ and test/.
 
     Classes are numbered in alphabetical order and samples come in the order of their paths, as torchvision has it.
-    Raises UserError where the layout is another one or a file is no picture.
+    Raises UserError, naming `source` (default: the path), where the layout is another one or a file is no
+    picture.
     """
+    source = source or str(path)
     if not path.exists():
-        raise UserError(f"imagefolder:{path}: there is no such file or folder; check the path")
+        raise UserError(f"imagefolder:{source}: there is no such file or folder; check the path")
     found: dict[tuple[str, str], list[tuple[str, np.ndarray]]] = {}
-    for name, content in _walk(path):
+    for name, content in _walk(path, source):
         parts = PurePosixPath(name).parts
         at = next((index for index, part in enumerate(parts) if part in SPLITS), None)
         hidden = any(part.startswith(".") for part in parts)
         if at is None or len(parts) < at + 3 or hidden or PurePosixPath(name).suffix.lower() not in SUFFIXES:
             continue
-        found.setdefault((parts[at], parts[at + 1]), []).append((name, decode(content, f"{path}: {name}")))
+        found.setdefault((parts[at], parts[at + 1]), []).append((name, decode(content, f"{source}: {name}")))
     names = {split: sorted(name for kind, name in found if kind == split) for split in SPLITS}
     for split in SPLITS:
         if not names[split]:
-            raise UserError(f"imagefolder:{path} holds no pictures under {split}/<class>/; both train/ and test/ must")
+            raise UserError(f"imagefolder:{source} has no pictures under {split}/<class>/; both train/ and test/ must")
     if names["train"] != names["test"]:
         odd = sorted(set(names["train"]) ^ set(names["test"]))
-        raise UserError(f"imagefolder:{path}: train/ and test/ differ in the classes {', '.join(odd[:5])}")
+        raise UserError(f"imagefolder:{source}: train/ and test/ differ in the classes {', '.join(odd[:5])}")
     if len(names["train"]) < 2:
-        raise UserError(f"imagefolder:{path} has one class only; there must be two or more")
+        raise UserError(f"imagefolder:{source} has one class only; there must be two or more")
     return names["train"], {split: _pack(split, names[split], found) for split in SPLITS}
 
 
@@ -69,7 +71,7 @@ def _pack(split: str, classes: list[str], found: dict[tuple[str, str], list[tupl
     return Split(np.stack(images), np.asarray(labels, np.int64))
 
 
-def _walk(path: Path) -> Iterator[tuple[str, bytes]]:
+def _walk(path: Path, source: str) -> Iterator[tuple[str, bytes]]:
     """(relative name, content) of each file, read in memory: nothing of an archive is unpacked to disk."""
     if path.is_dir():
         for file in sorted(path.rglob("*")):
@@ -82,4 +84,4 @@ def _walk(path: Path) -> Iterator[tuple[str, bytes]]:
                 if member.isfile() and (content := archive.extractfile(member)):
                     yield member.name, content.read()
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"imagefolder:{path} is not a whole .tar or .tar.gz: {error}") from None
+        raise UserError(f"imagefolder:{source} is not a whole .tar or .tar.gz: {error}") from None

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from k8scifar.data import packed
+from k8scifar.data import packed, remote
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import locked, remove_temporary
 
@@ -21,7 +21,12 @@ SYNTHETIC_COUNTS = (50_000, 10_000)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of `k8scifar prepare`."""
-    parser.add_argument("--source", default="auto", help="auto, cifar10, synthetic or imagefolder:PATH (default: auto)")
+    parser.add_argument(
+        "--source",
+        default="auto",
+        help="auto, cifar10, synthetic, imagefolder:PATH, or imagefolder:https://... or :s3://... of an archive "
+        "(default: auto)",
+    )
     parser.add_argument(
         "--data-dir", default="data", metavar="DIR", help="folder of the packed data set (default: data)"
     )
@@ -49,13 +54,13 @@ def prepare(folder: Path, source: str = "auto") -> tuple[packed.Manifest, bool]:
     check_source(source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".prepare.lock") as held:
-            if held:
+        with locked(folder / ".prepare.lock") as alone:
+            if alone:
                 remove_temporary(folder)  # of one that was killed
             manifest = _present(folder, source)
             if manifest:
                 return manifest, False
-            manifest = _build(folder, source)
+            manifest = _build(folder, source, alone)
             packed.remove_strays(folder, manifest)
             return manifest, True
     except OSError as error:
@@ -94,7 +99,9 @@ def require(folder: Path) -> packed.Manifest:
 def check_source(source: str) -> None:
     """Raise UserError where `source` is none that exists."""
     if not re.fullmatch(r"auto|cifar10|synthetic(:\d+:\d+)?|imagefolder:.+", source):
-        raise UserError(f"source {source!r} is unknown; use auto, cifar10, synthetic or imagefolder:PATH")
+        raise UserError(
+            f"source {source!r} is unknown; use auto, cifar10, synthetic, imagefolder:PATH or imagefolder:https://..."
+        )
 
 
 def describe(manifest: packed.Manifest) -> str:
@@ -118,7 +125,7 @@ def _present(folder: Path, source: str) -> packed.Manifest | None:
     if manifest is None:
         return None
     if source != "auto" and _identity(source) != manifest.source:
-        say(f"{folder} holds {manifest.source}; replacing it with {source}")
+        say(f"{folder} holds {manifest.source}; replacing it with {_identity(source)}")
         return None
     damage = packed.damage(folder, manifest)
     if damage:
@@ -131,7 +138,7 @@ def _present(folder: Path, source: str) -> packed.Manifest | None:
     return manifest
 
 
-def _build(folder: Path, source: str) -> packed.Manifest:
+def _build(folder: Path, source: str, alone: bool) -> packed.Manifest:
     kind, _, rest = source.partition(":")
     if kind in ("auto", "cifar10"):
         from k8scifar.data import cifar10
@@ -143,7 +150,7 @@ def _build(folder: Path, source: str) -> packed.Manifest:
             if kind == "cifar10":
                 raise
             say(NOTICE)
-            return _build(folder, "synthetic")
+            return _build(folder, "synthetic", alone)
         return packed.write(folder, "cifar10", classes, splits)
     if kind == "synthetic":
         from k8scifar.data import synthetic
@@ -156,12 +163,22 @@ def _build(folder: Path, source: str) -> packed.Manifest:
         return packed.write(folder, source, synthetic.CLASSES, splits)
     from k8scifar.data import images
 
-    say(f"reading the pictures of {rest}")
-    classes, splits = images.read_tree(Path(rest))
+    if remote.is_address(rest):
+        say(f"downloading {remote.public(rest)}")
+        with remote.fetched(rest, folder, alone) as archive:
+            classes, splits = images.read_tree(archive, remote.public(rest))
+    else:
+        say(f"reading the pictures of {rest}")
+        classes, splits = images.read_tree(Path(rest))
     return packed.write(folder, _identity(source), classes, splits)
 
 
 def _identity(source: str) -> str:
-    """`source` as the manifest keeps it: a path made absolute, so that it means the same from any folder."""
+    """`source` as the manifest keeps it: a path made absolute, so that it means the same from any folder.
+
+    An address comes without its credentials.
+    """
     kind, _, rest = source.partition(":")
+    if kind == "imagefolder" and remote.is_address(rest):
+        return f"imagefolder:{remote.public(rest)}"
     return f"imagefolder:{Path(rest).resolve()}" if kind == "imagefolder" else source

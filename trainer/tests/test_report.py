@@ -1,0 +1,159 @@
+"""The report: what is in it, that it needs nothing else, and that it never costs a run its end."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from html.parser import HTMLParser
+
+import pytest
+
+from k8scifar import records, report
+from k8scifar.cli import main
+from k8scifar.data import packed
+from k8scifar.data.prepare import require
+
+NASTY = ["<script>alert(1)</script>", r"$\frac{", "quo\"te & 's", "猫"]
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text outside them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder of a run as `train` leaves it, less the weights; its summary; no training was needed."""
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("recipe: demo\nname: <b>bold</b>\n")
+    epochs = [
+        {"epoch": 1, "step": 5, "pixels": 8, "lr": 0.2, "train_loss": 2.0, "train_accuracy": 0.25},
+        {"epoch": 2, "step": 10, "pixels": 12, "lr": 0.0, "train_loss": 1.5, "train_accuracy": 0.5},
+    ]
+    epochs[1] |= {"test_loss": 1.25, "test_accuracy": 0.75, "test_pictures": 40}
+    lines = [json.dumps(epoch | {"images_per_second": 100.0, "seconds": 10.0 * epoch["epoch"]}) for epoch in epochs]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    summary = {
+        "accuracy": 0.75, "accuracy_tta": 0.8, "top5": 1.0, "loss": 1.25, "epochs": 2, "steps": 10, "world_size": 2,
+        "per_class": dict(zip(NASTY, (1.0, 0.5, 0.5, 1.0), strict=True)),
+        "confusion": [[10, 0, 0, 0], [5, 5, 0, 0], [3, 2, 5, 0], [0, 0, 0, 10]],
+        "mistakes": [{"picture": 3, "true": 1, "predicted": 0, "loss": 4.5}],
+        "test_pictures": 40, "device": "cpu", "precision": "fp32", "global_batch": 100, "images_per_second": 100.0,
+        "seconds": 20.0, "parameters": 1234567, "training_flops": 3e12, "weights_sha256": "ab" * 32,
+        "data": {"source": "imagefolder:/pictures", "fingerprint": "0123"}, "config_fingerprint": "4567",
+        "identity": {"model.name": "resnet18"}, "versions": {"torch": "2.13.0"},
+    }  # fmt: skip
+    return folder, summary
+
+
+def test_the_page_needs_no_other_file_and_escapes_what_users_write(finished, tiny_data):
+    folder, summary = finished
+    split = packed.read(tiny_data, require(tiny_data), "test")
+    text = report.page(folder, summary, split)
+    page = Page(text)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "b" if attributes.get("class") else "base")
+        for name in ("src", "href", "xlink:href", "data", "action"):
+            assert re.match(r"data:image/png;base64,|#", attributes.get(name) or "#"), (tag, attributes)
+    assert not re.search(r"@import|url\((?!#)", text)
+    shown = page.text
+    for words in (*NASTY, "name: <b>bold</b>", "75.00%", "80.00%", "1,234,567", "0.003", "ab" * 32, "torch 2.13.0"):
+        assert words in shown, words
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 5, "four curves and the confusion matrix"
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 1
+    assert text == report.page(folder, summary, split), "the same for the same inputs"
+
+
+def test_the_pairs_most_often_taken_for_each_other():
+    pairs = report._pairs([[10, 0], [3, 7]], ["cat", "dog"])
+    assert pairs == [{"true": "dog", "predicted": "cat", "count": 3, "share": 0.3}]
+
+
+def test_the_time_split_adds_up():
+    curves = {
+        "step/images_per_second": [(10, 100.0), (30, 50.0)],
+        "time/data": [(10, 0.1), (30, 0.2)],
+        "time/compute": [(10, 0.8), (30, 0.5)],
+        "time/communication": [(10, 0.1), (30, 0.3)],
+    }
+    parts = report.time_parts(curves, {"global_batch": 100, "seconds": 60.0})
+    assert {part["part"]: round(part["seconds"], 6) for part in parts} == {
+        "data": 10 * 0.1 + 40 * 0.2, "compute": 10 * 0.8 + 40 * 0.5, "communication": 10 * 0.1 + 40 * 0.3, "rest": 10.0,
+    }  # fmt: skip
+    assert sum(part["share"] for part in parts) == pytest.approx(1.0)
+    assert report.time_parts({}, {"global_batch": 100, "seconds": 60.0}) == []
+
+
+def test_without_events_and_pictures_it_says_so(finished):
+    folder, summary = finished
+    text = Page(report.page(folder, summary, None)).text
+    assert "Not recorded" in text and "k8scifar report RUN --data-dir DIR shows them" in text
+
+
+@pytest.mark.parametrize("spoil", ["summary", "folder", "time"])
+def test_a_report_that_fails_is_one_line_and_no_failure(finished, spoil, tiny_data, monkeypatch):
+    folder, summary = finished
+    hurry, released = 60.0, threading.Event()
+    if spoil == "summary":
+        del summary["confusion"]
+    elif spoil == "folder":
+        (folder / report.NAME).mkdir()
+    else:
+        hurry = 0.1
+        monkeypatch.setattr(report, "page", lambda *_: released.wait(60) and "late")
+    said: list[str] = []
+    report.attempt(folder, summary, packed.read(tiny_data, require(tiny_data), "test"), said.append, hurry)
+    released.set()
+    assert not (folder / report.NAME).is_file()
+    assert len(said) == 1 and "no report was written" in said[0] and "\n" not in said[0]
+
+
+def test_a_training_leaves_its_report_and_it_can_be_written_again(train, tiny_data, tmp_path):
+    done = train(1, "--set", "epochs=1", "--set", "log.every_steps=1")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "run"
+    first = (folder / report.NAME).read_bytes()
+    summary_path = folder / "summary.json"
+    assert summary_path.stat().st_mtime_ns >= (folder / report.NAME).stat().st_mtime_ns, "the summary comes last"
+    page = Page(first.decode())
+    assert "waiting for other ranks" in page.text
+    summary = json.loads(summary_path.read_text())
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == len(summary["mistakes"]) == records.WORST
+    losses = [mistake["loss"] for mistake in summary["mistakes"]]
+    assert losses == sorted(losses, reverse=True)
+    labels = packed.read(tiny_data, require(tiny_data), "test").labels
+    assert all(labels[each["picture"]] == each["true"] != each["predicted"] for each in summary["mistakes"])
+
+    def pictures() -> list[str]:
+        assert main(["report", str(folder), "--data-dir", str(tiny_data)]) == 0
+        return [attributes["src"] for tag, attributes in Page((folder / report.NAME).read_text()).tags if tag == "img"]
+
+    kept = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert pictures() == kept
+    del summary["mistakes"]  # as a version left it that kept none: they are found by evaluating, to rounding
+    summary_path.write_text(json.dumps(summary))
+    assert len(set(kept) & set(pictures())) >= records.WORST - 2
+
+
+def test_mistakes_of_a_person(finished, tiny_data, capsys):
+    folder, summary = finished
+    assert main(["report", str(folder)]) == 2
+    assert "has no summary.json; train it first" in capsys.readouterr().err
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert main(["report", str(folder), "--data-dir", str(tiny_data)]) == 2
+    assert "holds other data" in capsys.readouterr().err
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / report.NAME)

@@ -1,0 +1,222 @@
+"""Collects what a bug report needs, secrets left out, into one archive. `make diagnose` calls it.
+
+Secret objects are never asked for. What is collected is redacted three times: values of environment variables and of
+keys that sound like secrets by structure; those same values wherever they occur, in `describe` and logs; and whatever
+looks like a password, a token or a key by pattern.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kube import ROOT, Kubectl, Release, arguments, exit_code, standing
+
+HIDDEN = "[left out]"
+LINES = 2000  # of each log
+SHORT = 4  # characters; a shorter value is in every text by chance
+OWN = re.compile(r"^(POD_NAME|K8SCIFAR_(?!HTTP_AUTHORIZATION)\w*|AWS_(ENDPOINT_URL|DEFAULT_REGION|REGION))$")
+# What the name of a setting whose value is secret has in it; names of Secret objects are not secret.
+WORDS = (
+    r"password|passwd|passphrase|token|secret_?access_?key|access_?key(?:_?id)?|secret_?key|credential|authorization|"
+    r"api_?key|private_?key|client_?secret"
+)
+SECRET_KEY = re.compile(WORDS, re.I)
+NAMING_KEY = re.compile(r"(secretName|[a-z]Secret|automountServiceAccountToken|secretRef|secretKeyRef)$")
+QUERY = r"sig|token|key|secret|pass|cred|auth|policy|expire"
+VALUE = r"(?!\[left out\])[^\s,;\"'}]+"
+PATTERNS = {
+    "user:password@ of an address": (r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@'\"]+@", rf"\1{HIDDEN}@"),
+    "signatures in an address": (rf"(?i)([?&;][^=&\s'\"]*(?:{QUERY})[^=&\s'\"]*=)[^&\s'\"]+", rf"\1{HIDDEN}"),
+    "Amazon's key ids": (r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{8,}\b", HIDDEN),
+    "JSON web tokens": (r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?", HIDDEN),
+    "headers": (r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}", rf"\1 {HIDDEN}"),
+    "settings and mount options": (rf"(?i)([\w.-]*(?:{WORDS})[\"']?\s*[=:]\s*[\"']?){VALUE}", rf"\1{HIDDEN}"),
+    "mount options": (rf"(?i)(?<![\w.-])(pass=){VALUE}", rf"\1{HIDDEN}"),
+    "private keys": (r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", HIDDEN),
+}
+
+
+def redact(text: str) -> str:
+    """`text` without what looks like a secret."""
+    for pattern, instead in PATTERNS.values():
+        text = re.sub(pattern, instead, text)
+    return text
+
+
+def without_secrets(node: Any, key: str = "") -> Any:
+    """A JSON tree whose secrets are left out: environment values, data of Secrets, keys that sound like one."""
+    if isinstance(node, list):
+        return [without_secrets(item, key) for item in node]
+    if isinstance(node, dict):
+        if node.get("kind") == "Secret":
+            node = {name: value for name, value in node.items() if name not in ("data", "stringData")}
+        if key in ("env", "extraEnv") and "value" in node and not OWN.match(str(node.get("name", ""))):
+            node = node | {"value": HIDDEN}
+        return {name: without_secrets(value, name) for name, value in node.items() if name != "managedFields"}
+    if isinstance(node, str):
+        if "last-applied-configuration" in key:  # the same again, as one string
+            return HIDDEN
+        if node and SECRET_KEY.search(key) and not NAMING_KEY.search(key):
+            return HIDDEN
+        return redact(node)
+    return node
+
+
+def settings(node: Any, key: str = "") -> set[str]:
+    """The values of environment variables in a JSON tree that are not the chart's own, but for very short ones."""
+    if isinstance(node, list):
+        return set().union(*(settings(item, key) for item in node))
+    if not isinstance(node, dict):
+        return set()
+    found = set().union(*(settings(value, name) for name, value in node.items()))
+    if key == "env" and not OWN.match(str(node.get("name", ""))) and len(str(node.get("value", ""))) >= SHORT:
+        found.add(str(node["value"]))
+    return found
+
+
+class Archive:
+    """Texts, each redacted, in one open tar file; `hidden`: values that occur in none of them."""
+
+    def __init__(self, tar: tarfile.TarFile, folder: str, hidden: set[str]) -> None:
+        self._tar, self._folder = tar, folder
+        self._hidden = sorted(hidden, key=len, reverse=True)
+        self.names: list[str] = []
+
+    def add(self, name: str, text: str) -> None:
+        """Add a text; what can be read as JSON is redacted by structure too."""
+        try:
+            text = json.dumps(without_secrets(json.loads(text)), indent=1)
+        except ValueError:
+            text = redact(text)
+        for value in self._hidden:
+            text = text.replace(value, HIDDEN)
+        content = text.encode()
+        entry = tarfile.TarInfo(f"{self._folder}/{name}")
+        entry.size, entry.mtime = len(content), int(time.time())
+        self._tar.addfile(entry, io.BytesIO(content))
+        self.names.append(name)
+
+
+def collect(release: Release, archive: Archive) -> None:
+    """Everything that is known of a release; what fails is told in its place."""
+    kubectl = release.kubectl
+
+    def ask(name: str, *words: str) -> str:
+        done = kubectl.run(*words, timeout=60)
+        archive.add(name, done.stdout if done.returncode == 0 else f"{done.stdout}\n{done.stderr}")
+        return done.stdout
+
+    archive.add("versions.txt", versions(kubectl))
+    ask("cluster/nodes.txt", "get", "nodes", "--output=wide")
+    ask("cluster/nodes-description.txt", "describe", "nodes")
+    ask("cluster/storage-classes.txt", "get", "storageclasses", "--output=wide")
+    ask("cluster/volumes.json", "get", "persistentvolumes", "--output=json")
+    chosen = f"--selector=app.kubernetes.io/instance={release.name}"
+    kinds = "pods,statefulsets,jobs,deployments,services,endpoints,configmaps,networkpolicies,persistentvolumeclaims"
+    ask("release/objects.json", "get", kinds, chosen, "--output=json")
+    ask("release/description.txt", "describe", "pods,statefulsets,jobs,deployments,persistentvolumeclaims", chosen)
+    ask("release/events.txt", "get", "events", "--sort-by=.metadata.creationTimestamp", "--output=wide")
+    for name, *words in (
+        ("values.json", "get", "values", release.name, "--output=json"),
+        ("status.txt", "status", release.name),
+        ("history.txt", "history", release.name),
+    ):
+        archive.add(f"release/helm-{name}", helm(kubectl, *words))
+    for pod in release.pods():
+        name = pod["metadata"]["name"]
+        spec = pod["spec"]
+        for container in [*spec.get("initContainers", []), *spec["containers"]]:
+            each = ("logs", name, f"--container={container['name']}", f"--tail={LINES}", "--timestamps")
+            ask(f"logs/{name}.{container['name']}.log", *each)
+            before = kubectl.run(*each, "--previous", timeout=60)
+            if before.returncode == 0:
+                archive.add(f"logs/{name}.{container['name']}.previous.log", before.stdout)
+    standings = (f"{pod['metadata']['name']}: {' '.join(standing(pod))}\n" for pod in release.pods())
+    archive.add("release/pods.txt", "".join(standings))
+    archive.add("preflight.txt", preflight(release))
+    reader = release.reader()
+    if reader and (folder := release.run_dir(needed=False)):
+        pod, container = reader
+        inside = ("exec", pod, f"--container={container}", "--")
+        ask("run/status.json", *inside, "k8scifar", "status", folder, "--json")
+        ask("run/files.txt", *inside, "ls", "-laR", folder)
+        ask("run/config.yaml", *inside, "cat", f"{folder}/config.yaml")
+        ask("run/metrics.jsonl", *inside, "cat", f"{folder}/metrics.jsonl")
+        ask("run/image.txt", *inside, "k8scifar", "--version")
+
+
+def preflight(release: Release) -> str:
+    """How each pod's preflight ended, its last words with it."""
+    lines = []
+    for pod in release.pods("trainer"):
+        for status in pod.get("status", {}).get("initContainerStatuses", []):
+            if status["name"].startswith("preflight"):
+                states = (status.get("state", {}), status.get("lastState", {}))
+                ended = next((state["terminated"] for state in states if "terminated" in state), {})
+                code = ended.get("exitCode", "still running, or not started")
+                words = f"{pod['metadata']['name']} {status['name']}: exit code {code} {ended.get('message', '')}"
+                lines.append(words.rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def versions(kubectl: Kubectl) -> str:
+    """Versions of everything on this side, and of the cluster."""
+
+    def said(*command: str) -> str:
+        if not shutil.which(command[0]):
+            return f"{command[0]}: not on PATH"
+        done = subprocess.run(command, text=True, capture_output=True, errors="replace", timeout=60, cwd=ROOT)
+        return f"$ {' '.join(command)}\n{(done.stdout + done.stderr).strip()}"
+
+    package = (ROOT / "trainer/src/k8scifar/__init__.py").read_text()
+    found = re.search(r'__version__ = "([^"]+)"', package)
+    lines = [f"k8scifar {found[1] if found else '?'}", f"{platform.platform()}, Python {platform.python_version()}"]
+    lines += [said("git", "describe", "--always", "--dirty"), said("helm", "version", "--short")]
+    lines += [said(*kubectl.command("version", "--output=yaml", "--request-timeout=20s"))]
+    lines += [said(tool, "version") for tool in ("kind", "k3d", "minikube", "docker") if shutil.which(tool)]
+    return "\n\n".join(lines) + "\n"
+
+
+def helm(kubectl: Kubectl, *words: str) -> str:
+    """What helm says of the release."""
+    # Where `make install` keeps the one that it fetched.
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k8scifar"
+    found = os.environ.get("HELM") or shutil.which("helm") or next((str(path) for path in cached.glob("helm*-*")), "")
+    if not found:
+        return "helm: not on PATH"
+    context = [f"--kube-context={kubectl.context}"] if kubectl.context else []
+    command = [found, *words, f"--namespace={kubectl.namespace}", *context]
+    done = subprocess.run(command, text=True, capture_output=True, errors="replace", timeout=60)
+    return done.stdout if done.returncode == 0 else f"{done.stdout}\n{done.stderr}"
+
+
+def main(words: list[str], say: Callable[[str], None] = print) -> int:
+    """The command line."""
+    parser = arguments(__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("results"), help="where the archive goes")
+    args = parser.parse_args(words)
+    release = Release.find(args.release, Kubectl(args.namespace, args.context))
+    name = f"diagnose-{args.release}-{time.strftime('%Y%m%d-%H%M%S')}"
+    args.folder.mkdir(parents=True, exist_ok=True)
+    path = args.folder / f"{name}.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        archive = Archive(tar, name, settings([*release.objects.values()]))
+        collect(release, archive)
+    say(f"{path}: {len(archive.names)} files, {path.stat().st_size / 1e3:.0f} kB; look through it before you send it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))
