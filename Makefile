@@ -52,6 +52,7 @@ evaluate: $(READY) ## evaluate the trained model of run NAME
 tensorboard: $(READY) ## serve TensorBoard for RUNS_DIR on port 6006
 	@$(BIN)/tensorboard --logdir "$(RUNS_DIR)" --bind_all --port 6006
 
+.PHONY: screenshot
 screenshot: $(READY) ## take README's picture of TensorBoard from a short real run (needs chromium, chromedriver)
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
 	@$(BIN)/python trainer/tools/screenshot.py --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)"
@@ -134,6 +135,6 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix trainer
 	@$(BIN)/ruff format trainer
 
-.PHONY: help venv clean train evaluate tensorboard screenshot test lint format \
+.PHONY: help venv clean train evaluate tensorboard test lint format \
 	chart-lint template install uninstall schema chart-docs package \
 	image image-smoke push load sbom scan image-lock image-test
