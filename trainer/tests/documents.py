@@ -26,9 +26,9 @@ DOCUMENTS += [REPOSITORY / name for name in ("chart/README.md", "image/README.md
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.M))
 TOOLS = [*(REPOSITORY / "image").glob("*.py"), *(REPOSITORY / "trainer/tools").glob("*.py")]
-READ = r"choice\(\"([A-Z_]+)\"|environ(?:\.get\(|\[)\"([A-Z_0-9]+)\""
+READ = r"environ(?:\.get\(|\[)\"([A-Z_0-9]+)\""
 VARIABLES = set(re.findall(r"\$[({]([A-Z_]+)[)}]|^([A-Z_]+) \?=", MAKEFILE, re.M))
-VARIABLES |= {found for path in TOOLS for found in re.findall(READ, path.read_text())}
+VARIABLES |= {(found,) for path in TOOLS for found in re.findall(r"\"([A-Z][A-Z_]+)\"", path.read_text())}
 VARIABLES = {name for pair in VARIABLES for name in pair if name}
 # Programs of others that the guides call; a word that is none of these is taken for a slip of the pen.
 OTHERS = re.findall(
@@ -229,5 +229,5 @@ def _environment() -> set[str]:
     """Environment variables that something here, make or a shell reads."""
     folders = ("trainer/tests", "trainer/src", "trainer/tools", "image")
     texts = [path.read_text() for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
-    read = {name for text in texts for pair in re.findall(READ, text) for name in pair if name}
+    read = {name for text in texts for name in re.findall(READ, text)}
     return read | VARIABLES | set(os.environ) | {"K3S_URL", "K3S_TOKEN", "KUBECONFIG"}
