@@ -65,6 +65,17 @@ def until(page: webdriver.Chrome, script: str, seconds: float = 60.0) -> Any:
     return value
 
 
+def settled(page: webdriver.Chrome, seconds: float = 60.0) -> bytes:
+    """A PNG of the page, once two in a row are the same: charts are drawn late. Raises TimeoutError."""
+    end, before = time.monotonic() + seconds, b""
+    while (now := page.get_screenshot_as_png()) != before:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{page.current_url} still moves after {seconds:.0f} s")
+        before = now
+        time.sleep(1.0)
+    return now
+
+
 def complaints(page: webdriver.Chrome) -> list[str]:
     """Errors on the page's console since the last call."""
     return [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"]

@@ -64,8 +64,7 @@ def take(folder: Path) -> bytes:
         page.execute_script(f"{close}.click()")
         shown = f"[...{pinned}.querySelectorAll('img')].filter(i => i.complete && i.naturalWidth)"
         browser.until(page, f"{shown}.length >= {len(PICTURES)}")
-        browser.until(page, "document.getAnimations().every(a => a.playState != 'running')")
-        return page.get_screenshot_as_png()
+        return browser.settled(page)
 
 
 if __name__ == "__main__":
