@@ -57,6 +57,11 @@ evaluate: $(READY) ## evaluate the trained model of run NAME
 tensorboard: $(READY) ## serve TensorBoard for RUNS_DIR on port 6006
 	@$(BIN)/tensorboard --logdir "$(RUNS_DIR)" --bind_all --port 6006
 
+.PHONY: screenshot
+screenshot: $(READY) ## take README's picture of TensorBoard from a short real run (needs chromium, chromedriver)
+	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
+	@$(BIN)/python trainer/tools/screenshot.py --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)"
+
 ##@ Chart
 # make install RELEASE=cifar NAMESPACE=default VALUES="values/two-node.yaml" NFS=ADDRESS HELM_ARGS="--set nodes=4 ..."
 RELEASE ?= cifar
@@ -152,8 +157,8 @@ image-test: ## build and smoke-test in a throw-away engine on a home-made base i
 	@image/with-engine.sh sh -c 'image/base.sh k8scifar-base:local && make image BASE=k8scifar-base:local && make image-smoke'
 
 ##@ Development
-test: $(READY) ## run the tests; TESTS=file picks some, ARGS go to pytest
-	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
+test: $(READY) ## run the tests, two files at a time; TESTS=file picks some, ARGS go to pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS) $(ARGS)
 
 chaos: $(READY) ## strike two-host trainings KILLS=20 times at random and compare the weights (root); SEED= repeats one
 	@$(BIN)/python trainer/tests/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
