@@ -91,7 +91,9 @@ def tensorboard(folder: Path, seconds: float = 60.0) -> Iterator[str]:
         try:
             end = time.monotonic() + seconds
             while not _answers(address):
-                if server.poll() is not None or time.monotonic() > end:
+                if server.poll() is not None:
+                    raise TimeoutError(f"TensorBoard ended with exit code {server.returncode}; try {' '.join(command)}")
+                if time.monotonic() > end:
                     raise TimeoutError(f"TensorBoard did not answer at {address} within {seconds:.0f} s")
                 time.sleep(0.2)
             yield address
