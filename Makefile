@@ -18,6 +18,9 @@ RUNS_DIR ?= runs
 NAME ?= $(RECIPE)
 ARGS ?=
 TESTS ?= trainer/tests
+ROWS ?=
+BENCH_ROWS = $(subst $(comma), ,$(ROWS))
+comma := ,
 
 ##@ Set-up
 help: ## print every task
@@ -120,6 +123,13 @@ image-test: ## build and smoke-test in a throw-away engine on a home-made base i
 test: $(READY) ## run the tests; TESTS=file picks some, ARGS go to pytest
 	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
+bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data picks some; BENCH_MINUTES=12 for ROWS=time
+	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python trainer/benchmarks/bench.py $(BENCH_ROWS) --data "$(DATA_DIR)" $(ARGS)
+
+bench-gpu: $(READY) ## measure what needs a GPU; ROWS=gpu,flops picks some
+	@$(MAKE) bench ARGS="--gpu $(ARGS)"
+
 lint: $(READY) ## check style and likely mistakes
 	@$(BIN)/ruff check trainer
 	@$(BIN)/ruff check --config trainer/pyproject.toml image
@@ -130,6 +140,6 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix trainer
 	@$(BIN)/ruff format trainer
 
-.PHONY: help venv clean train evaluate tensorboard test lint format \
+.PHONY: help venv clean train evaluate tensorboard test bench bench-gpu lint format \
 	chart-lint template install uninstall schema chart-docs package \
 	image image-smoke push load sbom scan image-lock image-test

@@ -81,6 +81,14 @@ class Host:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
 
+    def limit(self, rate: str) -> None:
+        """Limit what this host sends, e.g. `100mbit`; empty: no limit."""
+        tc = ["tc", "-n", self.space, "qdisc"]
+        subprocess.run([*tc, "del", "dev", "eth0", "root"], capture_output=True, check=False)
+        if rate:
+            shape = ["tbf", "rate", rate, "burst", "64kb", "latency", "50ms"]
+            subprocess.run([*tc, "add", "dev", "eth0", "root", *shape], check=True)
+
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
