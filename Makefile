@@ -20,6 +20,9 @@ ARGS ?=
 TESTS ?= trainer/tests
 KILLS ?= 20
 SEED ?=
+ROWS ?=
+BENCH_ROWS = $(subst $(comma), ,$(ROWS))
+comma := ,
 
 ##@ Set-up
 help: ## print every task
@@ -163,6 +166,13 @@ test: $(READY) ## run the tests, two files at a time; TESTS=file picks some, ARG
 chaos: $(READY) ## strike two-host trainings KILLS=20 times at random and compare the weights (root); SEED= repeats one
 	@$(BIN)/python trainer/tests/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data picks some; BENCH_MINUTES=12 for ROWS=time
+	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python trainer/benchmarks/bench.py $(BENCH_ROWS) --data "$(DATA_DIR)" $(ARGS)
+
+bench-gpu: $(READY) ## measure what needs a GPU; ROWS=gpu,flops picks some
+	@$(MAKE) bench ARGS="--gpu $(ARGS)"
+
 lint: $(READY) ## check style and likely mistakes
 	@$(BIN)/ruff check trainer
 	@$(BIN)/ruff check --config trainer/pyproject.toml image
@@ -173,7 +183,7 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix trainer
 	@$(BIN)/ruff format trainer
 
-.PHONY: help venv clean train report evaluate tensorboard test chaos lint format \
+.PHONY: help venv clean train report evaluate tensorboard test chaos bench bench-gpu lint format \
 	up down status logs results tensorboard-cluster diagnose \
 	chart-lint template install uninstall schema chart-docs package \
 	image image-smoke push load sbom scan image-lock image-test

@@ -135,7 +135,7 @@ def slow_link(group: Group, host: int) -> None:
     """the network at 200 Mb/s for a while"""
     group.machines[host].limit("200mbit")
     time.sleep(SILENCE / 2)
-    group.machines[host].limit(None)
+    group.machines[host].limit("")
 
 
 def reset_connections(group: Group, host: int) -> None:

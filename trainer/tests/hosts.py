@@ -96,12 +96,13 @@ class Host:
         """Plug the network cable in or out."""
         _ip("-n", self.space, "link", "set", "eth0", "up" if up else "down")
 
-    def limit(self, rate: str | None) -> None:
-        """Send at most so fast, such as 100mbit; None: as fast as the machine can."""
-        if rate is None:
-            _tc(self.space, "del", "dev", "eth0", "root")
-        else:
-            _tc(self.space, "replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
+    def limit(self, rate: str) -> None:
+        """Limit what this host sends, e.g. `100mbit`; empty: no limit."""
+        tc = ["tc", "-n", self.space, "qdisc"]
+        subprocess.run([*tc, "del", "dev", "eth0", "root"], capture_output=True, check=False)
+        if rate:
+            shape = ["tbf", "rate", rate, "burst", "64kb", "latency", "50ms"]
+            subprocess.run([*tc, "add", "dev", "eth0", "root", *shape], check=True)
 
     def reset_connections(self) -> None:
         """Have the kernel abort all TCP connections with the other host."""
@@ -121,11 +122,6 @@ def command_line(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return ""
-
-
-def _tc(space: str, *arguments: str) -> None:
-    command = ["ip", "netns", "exec", space, "tc", "qdisc", *arguments]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 def _ip(*arguments: str) -> None:

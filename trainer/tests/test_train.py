@@ -89,6 +89,7 @@ def test_log_is_lines_for_people_where_there_is_no_terminal(undisturbed):
     (headline,) = [line for line in said.splitlines() if "world size 2" in line]
     for word in ("resnet18", "11,173,962 parameters", "cpu fp32", "gloo", "global batch 100", "600 + 303 pictures"):
         assert word in headline
+    assert "communication: allreduce; all ranks are on one machine" in said
     assert "step " in said
     assert "test accuracy" in said
     assert "\r" not in said

@@ -22,8 +22,10 @@ DEFAULT_RECIPE = "demo"
 # Keys that decide the weights. A checkpoint resumes under other values of these only if the user says so.
 IDENTITY = (
     "seed", "epochs", "global_batch", "micro_batch", "last_batch", "label_smoothing", "resolution",
-    "model", "optimizer", "schedule", "augment", "ema",
+    "model", "optimizer", "schedule", "augment", "ema", "distributed",
 )  # fmt: skip
+IDENTITY_DISTRIBUTED = ("comm", "powersgd_rank", "local_sgd_steps")  # of `distributed`, these only
+COMM = "distributed.comm"
 # Of those, the keys without which a checkpoint makes no sense at all.
 FIXED = ("seed", "global_batch", "last_batch", "model")
 # Keys that may differ from host to host: places, log, what the hardware at hand allows.
@@ -146,6 +148,14 @@ class Distributed(_Section):
     """Network interface of the collectives, e.g. eth0; empty: the one that this host's name resolves to."""
     timeout_seconds: float = Field(60.0, ge=5.0, le=86400.0)
     """How long a rank waits for a peer that is silent before it gives up."""
+    comm: Literal["auto", "allreduce", "bf16", "fp16", "powersgd", "local-sgd"] = "auto"
+    """How gradients are combined: `allreduce` as they are (float32), rounded to `bf16` or `fp16` (half the bytes),
+    `powersgd` in low rank (a fiftieth), `local-sgd` not at all, but the weights now and then. `auto` times the wire
+    and a step when the ranks meet, and takes the most exact one that keeps the wire from being the limit."""
+    powersgd_rank: int = Field(4, ge=1, le=64)
+    """Rank of PowerSGD's matrices: more is more exact, and more bytes."""
+    local_sgd_steps: int = Field(8, ge=1, le=10000)
+    """Steps between two averagings of local SGD."""
 
 
 class Hardware(_Section):
@@ -230,7 +240,21 @@ class Config(_Section):
 
     def identity(self) -> dict[str, Any]:
         """Flat view, `a.b` -> value, of the keys that decide the weights."""
-        return flatten({key: value for key, value in self.model_dump(mode="json").items() if key in IDENTITY})
+        values = self.model_dump(mode="json")
+        values["distributed"] = {key: values["distributed"][key] for key in IDENTITY_DISTRIBUTED}
+        return flatten({key: value for key, value in values.items() if key in IDENTITY})
+
+    def differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Keys that decide the weights and differ from a saved flat view: key -> (saved value, value now).
+
+        A key that an older version did not have, and `distributed.comm` where either side leaves it to be chosen,
+        do not differ.
+        """
+        return {
+            key: (saved[key], value)
+            for key, value in self.identity().items()
+            if key in saved and saved[key] != value and not (key == COMM and "auto" in (saved[key], value))
+        }
 
     def shared(self) -> dict[str, Any]:
         """Flat view of the keys that all ranks must have alike; the others may differ from host to host."""

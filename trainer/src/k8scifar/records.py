@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from k8scifar import completion, model, versions
-from k8scifar.config import Config
+from k8scifar.config import COMM, Config
 from k8scifar.data.packed import Manifest, Split
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.evaluate import Outcome
@@ -77,10 +77,9 @@ class RunFolder:
                 f"run {self.path} is finished on other data ({summary['data']['source']}), and this is "
                 f"{manifest.source}; give the new run another --name"
             )
-        now, before = config.identity(), summary["identity"]
-        odd = {key: value for key, value in now.items() if key != "epochs" and before.get(key) != value}
+        odd = {key: both for key, both in config.differences(summary["identity"]).items() if key != "epochs"}
         if odd and not config.checkpoint.accept_changes:
-            told = "; ".join(f"{key} {before.get(key)} -> {value}" for key, value in odd.items())
+            told = "; ".join(f"{key} {before} -> {value}" for key, (before, value) in odd.items())
             raise UserError(
                 f"run {self.path} is finished with another configuration ({told}); give the new run another --name"
             )
@@ -134,7 +133,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
         "data": {"source": state.manifest.source, "fingerprint": state.manifest.fingerprint},
         "weights_sha256": weights,
         "config_fingerprint": plan.config.fingerprint(),
-        "identity": plan.config.identity(),
+        "identity": plan.config.identity() | {COMM: state.comm.name if state.world.size > 1 else "auto"},
         "versions": versions.versions(),
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from k8scifar import checkpoint, model, parallel, records, report, trained, versions
+from k8scifar import checkpoint, model, parallel, records, report, trained, versions, wire
 from k8scifar.board import Board
 from k8scifar.clock import StepClock
 from k8scifar.config import Config
@@ -42,8 +42,10 @@ class Session:
         self.train_pictures = self._on_device("train", border=config.augment.translate)
         self.test_pictures = self._on_device("test")
         self.state = State.fresh(config, manifest, world, self.train_pictures)
-        if found is not None:
-            self.state.restore(checkpoint.decode(found, "the checkpoint"))
+        payload = checkpoint.decode(found, "the checkpoint") if found is not None else None
+        why = self._choose_communication(payload)
+        if payload:
+            self.state.restore(payload)
         self.first_step = self.state.step
         self.agreement = parallel.Agreement(world, ("stop", "save", "bad"))
         self.clock = StepClock(world.device, running=world.leads)
@@ -58,6 +60,8 @@ class Session:
         self._started = self._epoch_started = self._saved = time.monotonic()
         self._stalled = 0.0  # seconds of this epoch that checkpoints have taken from the loop
         self.outcome: Outcome | None = None
+        if world.size > 1:
+            self.progress.say(f"communication: {self.state.comm.label}; {why}")
         self.progress.say(self.headline())
 
     def headline(self) -> str:
@@ -209,6 +213,23 @@ class Session:
         self._close_writer()
         self.board.close()
         self.progress.close()
+
+    def _choose_communication(self, payload: dict[str, Any] | None) -> str:
+        """Settle how the ranks communicate, before the state is restored; collective. Returns why it is so."""
+        config, world, state, step = self.config, self.world, self.state, payload["step"] if payload else 0
+        same_size = payload and payload["world_size"] == world.size
+        kept = payload["comm"]["mode"] if same_size and "comm" in payload else None
+
+        def measure() -> wire.Times:
+            count = config.global_batch // config.micro_batch // world.size
+            samples = torch.arange(config.micro_batch, device=world.device) % len(self.train_pictures)
+            pictures = self.train_pictures.plain(samples, self.plan.pixels(step))
+            labels = self.train_pictures.labels[samples]
+            return wire.measure(state.ddp.module, pictures, labels, count, self.precision, world)
+
+        mode, why = wire.choose(config, world, kept, state.net, measure)
+        state.communicate(mode)
+        return why
 
     def _record(self, record: dict[str, Any]) -> None:
         if not self.world.leads:

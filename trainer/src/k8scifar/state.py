@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from k8scifar import model, optim, parallel
-from k8scifar.config import FIXED, Config, flatten
+from k8scifar import comm, model, optim, parallel
+from k8scifar.config import COMM, FIXED, Config, flatten
 from k8scifar.data.augment import Pictures
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import UserError
@@ -33,6 +33,7 @@ class State:
     average: optim.WeightAverage | None
     norms: list[nn.BatchNorm2d]
     sums: torch.Tensor  # float64 [3]: loss, correct, pictures, of this rank in this epoch
+    comm: comm.AllReduce  # the mode in which the ranks communicate
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
 
@@ -57,7 +58,15 @@ class State:
             _settle_buckets(ddp, model.norms(net), world.device)
         average = optim.WeightAverage(net, config.ema.decay) if config.ema.decay else None
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        return cls(config, manifest, world, net, ddp, optim.build(net, config), average, model.norms(net), sums)
+        optimizer = optim.build(net, config)
+        exact = comm.AllReduce(config, world, ddp, optimizer, average)
+        return cls(config, manifest, world, net, ddp, optimizer, average, model.norms(net), sums, exact)
+
+    def communicate(self, mode: str) -> None:
+        """Choose how the ranks communicate, before the first step and before `restore`; at most once."""
+        if self.world.size > 1:
+            kind = comm.KINDS[mode]
+            self.comm = kind(self.config, self.world, self.ddp, self.optimizer, self.average)
 
     def local(self) -> torch.Tensor:
         """What differs between the ranks within an epoch, float64 [n]: running statistics and sums."""
@@ -82,6 +91,7 @@ class State:
         `pixels` is the resolution last trained at.
         """
         local = parallel.gather(self.local(), self.world)
+        communication = self.comm.snapshot()
         if not self.world.leads:
             return {}
         weights = {name: tensor.detach().cpu().clone() for name, tensor in self.net.state_dict().items()}
@@ -99,6 +109,7 @@ class State:
             "optimizer": _to_cpu(self.optimizer.state_dict()),
             "average": _to_cpu(self.average.tensors) if self.average else None,
             "local": local,
+            "comm": communication,
             "history": [dict(record) for record in self.history],
             "rng": torch.get_rng_state(),  # nothing draws from it while training; kept for what may come
         }
@@ -111,6 +122,8 @@ class State:
         if self.average and payload["average"]:
             for tensor, saved in zip(self.average.tensors, payload["average"], strict=True):
                 tensor.copy_(saved)
+        if saved := payload.get("comm"):
+            self.comm.restore(saved)
         self.step, self.history = payload["step"], payload["history"]
         local = payload["local"]
         if len(local) == self.world.size:
@@ -152,7 +165,10 @@ def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest)
             f"the checkpoint of step {payload['step']} was trained on data {payload['data']}, and this is "
             f"{manifest.fingerprint}; give the run another --name, or bring back the data"
         )
-    changed = changes(config, payload["config"])
+    saved = flatten(payload["config"])
+    if used := payload.get("comm"):
+        saved[COMM] = used["mode"] if payload["world_size"] > 1 else "auto"  # one rank communicates in no mode
+    changed = config.differences(saved)
     fixed = [key for key in changed if key.split(".")[0] in FIXED]
     extended = set(changed) <= {"epochs"} and config.epochs > payload["config"]["epochs"]
     if changed and not extended and (fixed or not config.checkpoint.accept_changes):
@@ -162,12 +178,6 @@ def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest)
             f"the checkpoint of step {payload['step']} has another configuration ({told}); "
             f"give the run another --name{remedy}"
         )
-
-
-def changes(config: Config, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys that decide the weights and differ: key -> (saved value, value now)."""
-    now, before = config.identity(), flatten(saved)
-    return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
 
 
 def _to_cpu(tree: Any) -> Any:

@@ -101,7 +101,7 @@ def train(session: Session, stop: threading.Event) -> None:
             is_last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else state.ddp.no_sync():
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=session.precision == "bf16"):
-                    logits = state.ddp(inputs)
+                    logits = state.comm.network(inputs)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
                 (loss / len(micro_batches)).backward()
             with torch.no_grad():
@@ -109,13 +109,16 @@ def train(session: Session, stop: threading.Event) -> None:
                 state.sums[0] += loss * len(labels)
                 state.sums[1] += (logits.argmax(1) == labels).sum()
                 state.sums[2] += len(labels)
+        state.comm.after_backward()
         clock.mark("compute")
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=False)  # the gradients are views into DDP's buckets
         if state.average:
             state.average.update()
-        clock.mark("between steps")
         state.step += 1
+        clock.mark("communication")
+        state.comm.after_step(step_in_epoch + 1, epoch_ends=state.step % plan.steps_per_epoch == 0)
+        clock.mark("between steps")
         touch_heartbeat()
 
         # Tell people.

@@ -1,0 +1,106 @@
+"""Run the benchmarks and print their table: bench.py [ROWS...] [--data DIR] [--gpu] [--table].
+
+Each row is a module row_NAME.py here, and its newest result a file results/NAME-DATE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import HERE, CannotRun, Options, machine
+
+ROWS = ("step", "data", "scaling", "modes", "start", "time", "flops", "gpu")
+LONG = ("time",)  # only when asked for by name
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the rows, print the table; 1 if a row failed."""
+    parser = argparse.ArgumentParser(description="Measure the trainer against plain DDP.")
+    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; none: all that this machine can run but `time`")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the packed data set (data)")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--gpu", action="store_true", help="the rows that need a GPU")
+    parser.add_argument("--table", action="store_true", help="only print the table, and write README.md beside this")
+    parser.add_argument("--tiny", action="store_true", help="sizes that only show that the rows work")
+    args = parser.parse_args(argv)
+    for name in args.rows:
+        if name not in ROWS:
+            parser.error(f"there is no row {name!r}; the rows are {', '.join(ROWS)}")
+    failed = False
+    if not args.table:
+        options = Options(args.data.resolve(), float(os.environ.get("BENCH_MINUTES") or 12), args.tiny)
+        if not (args.data / "manifest.json").exists():
+            parser.error(f"{args.data} holds no packed data set; run `k8scifar prepare` first, or give --data")
+        for name in args.rows or [row for row in ROWS if row not in LONG and _needs_gpu(row) == args.gpu]:
+            failed |= not run(name, options, args.results)
+    text = table(args.results)
+    print(text)
+    if args.table and args.results == HERE / "results":
+        (HERE / "README.md").write_text(text)
+    return int(failed)
+
+
+def run(name: str, options: Options, folder: Path) -> bool:
+    """Measure one row and keep its result; False if it failed."""
+    row = importlib.import_module(f"row_{name}")
+    print(f"{name}: {row.TITLE}", file=sys.stderr, flush=True)
+    begun, date = time.time(), time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    facts = machine()
+    try:
+        found = row.measure(options)
+    except CannotRun as reason:
+        print(f"{name}: not run here: {reason}", file=sys.stderr, flush=True)
+        return True
+    except Exception as error:
+        print(f"{name}: failed: {error}", file=sys.stderr, flush=True)
+        return False
+    result = {"row": name, "date": date, "took": round(time.time() - begun), "tiny": options.tiny} | facts
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+    path.write_text(json.dumps(result | {"found": found}, indent=1) + "\n")
+    return True
+
+
+def newest(name: str, folder: Path) -> dict[str, Any] | None:
+    """A row's newest result."""
+    files = sorted(folder.glob(f"{name}-*.json"))
+    return json.loads(files[-1].read_text()) if files else None
+
+
+def table(folder: Path) -> str:
+    """The table of the newest results, Markdown."""
+    text = [
+        "# Measurements",
+        "",
+        "Made by `python trainer/benchmarks/bench.py --table` from the newest result of each row.",
+        "",
+    ]
+    text += ["| row | what | measured | aim |", "|---|---|---|---|"]
+    notes = []
+    for name in ROWS:
+        row, result = importlib.import_module(f"row_{name}"), newest(name, folder)
+        if result is None:
+            why = "needs a GPU: make bench-gpu" if _needs_gpu(name) else f"not measured yet: {row.COMMAND}"
+            text.append(f"| {name} | {row.TITLE} | {why} | |")
+            continue
+        text += [f"| {name} | {what} | {value} | {aim} |" for what, value, aim in row.lines(result["found"])]
+        note = f"- `{row.COMMAND}`: {row.TITLE}. {result['date']} UTC, {result['gpu'] or result['machine']}, "
+        note += f"torch {result['versions']['torch']}, {result['took']} s; load before it {result['load']:.1f}"
+        notes.append(note + ("; **tiny sizes, no measurement**" if result["tiny"] else ""))
+    text += ["", "Median (least to greatest, n) where n is given so; contenders run in turn within one run.", ""]
+    return "\n".join([*text, *notes]) + "\n"
+
+
+def _needs_gpu(name: str) -> bool:
+    return getattr(importlib.import_module(f"row_{name}"), "GPU", False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""Two hosts of one core each against one such host, over links of several speeds, in every mode; needs root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from harness import HERE, PYTHON, CannotRun, Options, free_port, sets, spread, steps_command
+
+TITLE = "Scaling efficiency, two hosts of one core each"
+COMMAND = "make bench ROWS=scaling (root)"
+MODES = ("allreduce", "bf16", "fp16", "powersgd", "local-sgd", "auto")
+RATES = {"": ("allreduce", "auto"), "1gbit": MODES, "100mbit": MODES}
+AIMS = {"1gbit": "0.95 (auto)", "100mbit": "0.85 (auto)"}
+
+
+def measure(options: Options) -> dict:
+    """125 pictures of 16 pixels a host and step (recipe demo's first stage), images/s of the mean step.
+
+    Both cores work in both cases: "one host" is two hosts that train alone, at the same time, so that shared caches
+    and clocks do not count as communication.
+    """
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    if os.geteuid() or not all(map(shutil.which, ("ip", "tc", "unshare", "taskset"))) or (os.cpu_count() or 1) < 2:
+        raise CannotRun("needs root, two cores, ip, tc, unshare and taskset")
+    import hosts
+
+    plan = {"": ("allreduce",), "100mbit": ("auto",)} if options.tiny else RATES
+    cells: dict[str, dict[str, dict]] = {}
+    with hosts.two(("bench-0", "bench-1")) as pair:
+        for rate, modes in plan.items():
+            for host in pair:
+                host.limit(rate)
+            alone = _step(_start(pair, options, "allreduce", together=False))
+            for mode in modes:
+                found = _start(pair, options, mode, together=True)
+                step = _step(found)
+                efficiency = round(alone / step, 3)
+                print(
+                    f"  {rate or 'no limit'} {mode}: {step:.3f} s a step, alone {alone:.3f}: {efficiency}", flush=True
+                )
+                cells.setdefault(rate or "no limit", {})[mode] = {
+                    "efficiency": efficiency, "step": step, "alone": alone, "mode": found["mode"],
+                    "said": found["said"], "exposed": found["split"]["communication"],
+                }  # fmt: skip
+    return {"cells": cells, "n": 1}
+
+
+def _step(found: dict) -> float:
+    """Seconds a step, the first ones left out; whole periods of local SGD."""
+    steps = found["steps"][1:]
+    return spread([sum(steps) / len(steps)])["median"]
+
+
+def _start(pair, options: Options, mode: str, together: bool) -> dict:
+    """Train on both hosts, `together` or each for itself; what rank 0 (the slower one) found."""
+    batch, steps = (4, 5) if options.tiny else (125, 18 if mode in ("local-sgd", "powersgd") else 10)
+    ranks = 2 if together else 1
+    values = {"global_batch": ranks * batch, "micro_batch": batch, "resolution": "[{until: 1.0, pixels: 16}]"}
+    values |= {"distributed__comm": mode, "hardware__threads": 1}
+    running, outs, port = [], [], str(free_port())
+    with tempfile.TemporaryDirectory() as folder:
+        for rank, host in enumerate(pair):
+            out = Path(folder) / f"{rank}.json"
+            outs.append(out)
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "BENCH_STARTED": str(time.time())}
+            if together:
+                environment |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+                environment |= {"MASTER_ADDR": pair[0].name, "MASTER_PORT": port}
+            command = [PYTHON, *steps_command(options, out, steps, *sets(**values))]
+            log = Path(folder) / f"{rank}.log"
+            running.append((host.popen(["taskset", "-c", str(rank), *command], environment, log), log))
+        for process, log in running:
+            try:
+                code = process.wait(600)
+            except subprocess.TimeoutExpired:
+                code = "none in ten minutes"
+            if code:
+                raise RuntimeError(f"exit code {code} in mode {mode}:\n{log.read_text()[-3000:]}")
+        said = [line for line in running[0][1].read_text().splitlines() if "communication: " in line]
+        found = [json.loads(out.read_text()) for out in outs if out.exists()]
+        slower = max(found, key=_step)
+        return slower | {"said": said[0].partition("communication: ")[2] if said else ""}
+
+
+def lines(found: dict) -> list[tuple[str, str, str]]:
+    """(what, measured, aim)."""
+    rows = []
+    for rate, modes in found["cells"].items():
+        told = ", ".join(
+            f"{mode}{' (' + cell['mode'] + ')' if mode == 'auto' else ''} {cell['efficiency']:.2f}"
+            for mode, cell in modes.items()
+        )
+        rows.append((f"efficiency at {rate}, n = {found['n']}", told, AIMS.get(rate, "")))
+    return rows

@@ -1,0 +1,204 @@
+"""Ways of communicating: every mode trains, keeps the replicas equal and resumes bit for bit; `auto` chooses well."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from comm_ranks import cut
+from conftest import TINY, run, weights_hash
+
+from k8scifar import checkpoint, comm, settings, wire
+from k8scifar.cli import main
+from k8scifar.config import Config
+from k8scifar.errors import UserError
+from k8scifar.state import check_resumable
+from k8scifar.wire import Times
+
+MODES = ["bf16", "fp16", "powersgd", "local-sgd"]  # test_train.py has allreduce
+CUT_AT = 4  # of 6 steps; local SGD averages after steps 3 and 6
+SHORT = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "distributed.local_sgd_steps=3"]
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody uses."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def start(folder: Path, data: Path, trainings: list[dict], ranks: int = 2):
+    """Run the trainings (keys: name, sets, cut) in the same ranks; returns the finished torchrun."""
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    plan = []
+    for port, training in zip(free_ports(len(trainings)), trainings, strict=True):
+        paths = ["--config", str(folder / "tiny.yaml"), "--data-dir", str(data), "--runs-dir", str(folder)]
+        sets = [part for value in training["sets"] for part in ("--set", value)]
+        cut = training.get("cut")
+        if cut:
+            cut = {"from": str(folder / cut), "to": str(folder / training["name"]), "step": CUT_AT}
+        plan.append({"port": port, "arguments": [*paths, "--name", training["name"], *sets], "cut": cut})
+    (folder / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return run([*command, str(Path(__file__).with_name("comm_ranks.py")), str(folder / "plan.json")])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_data):
+    """Each mode undisturbed, and resumed within an epoch with checkpoints at other steps: (folder, what was said)."""
+    folder = tmp_path_factory.mktemp("modes")
+    trainings = []
+    for mode in MODES:
+        sets = [*SHORT, f"distributed.comm={mode}", "log.every_steps=1"]
+        sets += ["ema.decay=0.5"] if mode == "local-sgd" else []
+        trainings += [
+            {"name": mode, "sets": [*sets, f"checkpoint.every_steps={CUT_AT}"]},
+            {
+                "name": f"{mode}-resumed",
+                "sets": [*sets, "checkpoint.every_steps=5", "log.tensorboard=false"],
+                "cut": mode,
+            },
+        ]
+    done = start(folder, tiny_data, trainings)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resumed_within_an_epoch_equals_undisturbed_bit_for_bit(trained, mode):
+    folder, said = trained
+    assert weights_hash(folder / f"{mode}-resumed") == weights_hash(folder / mode)
+    assert json.loads((folder / mode / "summary.json").read_text())["identity"]["distributed.comm"] == mode
+    assert f"resuming at step {CUT_AT}" in said
+    assert re.search(rf"communication: {mode}[^;]*; as distributed.comm says", said)
+
+
+def test_replicas_are_bit_identical_and_the_modes_differ(trained):
+    folder, _ = trained
+    ranks = [(folder / f"hashes.{rank}").read_text().splitlines() for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    last = {line.split()[0]: line.split()[2] for line in ranks[0] if line.split()[1] == "6"}
+    assert len(last) == 2 * len(MODES)
+    assert len(set(last.values())) == len(MODES)
+
+
+def test_checkpoint_holds_what_each_mode_carries(trained):
+    weights = 11_173_962
+    for mode, expected in [("bf16", None), ("powersgd", (2, 0)), ("local-sgd", (2, 3 * weights))]:
+        (path,) = (trained[0] / mode / "checkpoints").glob(f"step-{CUT_AT:08d}-*.pt")
+        saved = checkpoint.load(path)["comm"]
+        assert saved["mode"] == mode
+        if expected is None:
+            assert saved["own"] is None
+            continue
+        assert len(saved["own"]) == expected[0]
+        assert saved["own"].shape[1] >= expected[1]
+        assert not torch.equal(*saved["own"]), "each rank has its own"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_time_of_communication_is_on_tensorboard(trained, mode):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0] / mode))
+    events.Reload()
+    shares = {
+        part: [point.value for point in events.Scalars(f"time/{part}")] for part in ("data", "compute", "communication")
+    }
+    assert [sum(step) for step in zip(*shares.values(), strict=True)] == pytest.approx([1] * 6, abs=1e-5)
+    if mode == "local-sgd":  # averages after steps 3 and 6
+        waits = shares["communication"]
+        assert min(waits[2], waits[5]) > max(waits[1], waits[3], waits[4])
+
+
+def test_one_rank_goes_on_from_a_checkpoint_of_two(trained, tiny_data, tmp_path, capsys):
+    cut(trained[0] / "local-sgd", tmp_path / "alone", CUT_AT)
+    sets = [*SHORT, "distributed.comm=local-sgd", "ema.decay=0.5", "log.tensorboard=false"]
+    paths = ["--config", str(trained[0] / "tiny.yaml"), "--data-dir", str(tiny_data), "--runs-dir", str(tmp_path)]
+    arguments = [*paths, "--name", "alone", *(part for value in sets for part in ("--set", value))]
+    assert main(["train", *arguments]) == 0
+    assert f"resuming at step {CUT_AT}" in capsys.readouterr().err
+    assert main(["train", *arguments]) == 0
+    assert "already finished" in capsys.readouterr().err
+
+
+def network() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Conv2d(64, 512, 3, bias=False), torch.nn.Linear(512, 10))
+
+
+@pytest.mark.parametrize(
+    ("times", "mode"),
+    [
+        (Times(gradients=0.1, latency=0.0005, compute=1.0, memory=0.01), "allreduce"),
+        (Times(gradients=0.9, latency=0.0005, compute=1.0, memory=0.001), "bf16"),
+        (Times(gradients=4.0, latency=0.001, compute=1.0, memory=0.01), "powersgd"),
+        (Times(gradients=1.0, latency=0.5, compute=0.2, memory=0.001), "local-sgd"),
+    ],
+)
+def test_auto_takes_the_most_exact_mode_that_the_wire_can_bear(times, mode):
+    config = Config()
+    assert wire.best(times, wire.predict(times, network(), config)) == mode
+
+
+def test_powersgd_of_full_rank_is_exact_and_of_low_rank_loses_nothing_for_good(tmp_path):
+    """On one rank: what is sent over the steps adds up to the gradients, the remainder apart."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for rank, exact in ((1, False), (4, True)):
+            net = torch.nn.Linear(60, 12, bias=False)
+            ddp = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+            config = Config(distributed={"powersgd_rank": rank})
+            world = comm.World(0, 1, 0, 1, torch.device("cpu"), "gloo")
+            mode = comm.PowerSGD(config, world, ddp, torch.optim.SGD(net.parameters()), None)
+            left, right = torch.randn(12, 4), torch.randn(4, 60)  # every gradient is of rank 4
+            total, sent = torch.zeros(12, 60), torch.zeros(12, 60)
+            for scale in (1.0, -0.5, 2.0):
+                gradient = scale * left @ right
+                (ddp(torch.eye(60)).T * gradient).sum().backward()
+                mode.after_backward()
+                total += gradient
+                sent += net.weight.grad
+                net.weight.grad.zero_()
+            assert torch.allclose(total, sent, atol=1e-3) == exact
+            assert torch.allclose(total, sent + mode._own()[0], atol=1e-3)
+            saved = mode.snapshot()
+            lost = saved["own"].clone()
+            saved["own"] = torch.cat([lost, lost + 2])  # as of two ranks
+            mode.restore(saved)
+            torch.testing.assert_close(mode.snapshot()["own"], lost + 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Manifest:
+    fingerprint = "data"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "saved", "ranks", "refused"),
+    [
+        ("auto", "powersgd", 2, False),
+        ("powersgd", "powersgd", 2, False),
+        ("bf16", "powersgd", 2, True),
+        ("bf16", "allreduce", 1, False),
+    ],
+)
+def test_checkpoint_of_another_mode_is_refused(wanted, saved, ranks, refused):
+    config = settings.load(sets=[f"distributed.comm={wanted}"])
+    old = settings.load(sets=["distributed.comm=auto"]).model_dump(mode="json")
+    payload = {"data": "data", "step": 5, "config": old, "world_size": ranks, "comm": {"mode": saved}}
+    if not refused:
+        check_resumable(config, payload, Manifest)
+        return
+    with pytest.raises(UserError, match=r"distributed\.comm powersgd -> bf16"):
+        check_resumable(config, payload, Manifest)
