@@ -10,7 +10,8 @@ bundle=/etc/ssl/certs/ca-certificates.crt
 scratch=$(mktemp -d -p "$([ "$(df --output=avail /dev/shm | tail -1)" -gt 2000000 ] && echo /dev/shm || echo /tmp)")
 trap 'rm -rf "$scratch"' EXIT
 
-command -v mmdebstrap >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends mmdebstrap >/dev/null; }
+command -v mmdebstrap >/dev/null || flock /tmp/k8scifar-apt.lock sh -c '
+    apt-get update -qq && apt-get install -qq -y --no-install-recommends mmdebstrap >/dev/null'
 
 # shellcheck disable=SC2016  # mmdebstrap's own shell expands $1
 # As in the official image: no manuals, no locales, no bytecode of the standard library. The host's certificates come

@@ -9,8 +9,8 @@ fi
 [ "$(id -u)" = 0 ] || { echo "error: docker does not answer, and only root can start an engine" >&2; exit 2; }
 if ! command -v dockerd >/dev/null; then
     command -v apt-get >/dev/null || { echo "error: docker is missing, and there is no apt-get to install it" >&2; exit 2; }
-    apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-        apt-get install -qq -y --no-install-recommends docker.io iptables >/dev/null
+    DEBIAN_FRONTEND=noninteractive flock /tmp/k8scifar-apt.lock sh -c '
+        apt-get update -qq && apt-get install -qq -y --no-install-recommends docker.io iptables >/dev/null'
 fi
 
 folder=$(mktemp -d "${TMPDIR:-/tmp}/k8scifar-engine.XXXXXX")

@@ -33,7 +33,7 @@ LIMIT = 300.0  # seconds within which any fault must be mended
 CONFIG = TINY | {
     "epochs": 8,
     "checkpoint": {"every_steps": 4, "keep": 3},
-    "distributed": {"timeout_seconds": TIMEOUT},
+    "distributed": {"timeout_seconds": TIMEOUT, "comm": "allreduce"},
     "log": {"every_seconds": 0.001, "every_steps": 1000, "tensorboard": False},
 }
 

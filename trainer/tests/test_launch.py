@@ -363,6 +363,6 @@ def test_scaling_down_patches_one_scale(tmp_path, monkeypatch):
 
 def test_signals_are_not_lost_while_waiting(supervised, tmp_path):
     process = supervised("end(0)", nnodes=2, node_rank=1, master_addr="pod-0.nowhere.invalid", restart=True)
-    time.sleep(1.5)
+    until(lambda: (tmp_path / "heartbeat").exists())  # it waits for the name
     process.send_signal(signal.SIGTERM)
     assert process.wait(15) == 3

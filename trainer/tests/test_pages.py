@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 from io import BytesIO
 from pathlib import Path
 
+import debian
 import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY
@@ -30,11 +28,9 @@ def page():
     try:
         browser.find()
     except LookupError as error:
-        if os.environ.get("K8SCIFAR_INSTALL") != "1" or os.geteuid() or not shutil.which("apt-get"):
+        if not debian.may_install():
             pytest.skip(f"{error} (or run as root with K8SCIFAR_INSTALL=1)")
-        quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium", "chromium-driver"]):
-            subprocess.run(["apt-get", "-qq", *command], check=True, env=quiet, stdout=subprocess.DEVNULL)
+        debian.install("chromium", "chromium-driver")
     with browser.chromium() as driver:
         yield driver
 

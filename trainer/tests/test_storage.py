@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import debian
 import pods
 import pytest
 import yaml
@@ -20,7 +21,7 @@ from k8scifar.files import remove_temporary
 
 pytestmark = pytest.mark.slow
 CONFIG = TINY | {
-    "distributed": {"timeout_seconds": 8.0},
+    "distributed": {"timeout_seconds": 8.0, "comm": "allreduce"},
     "checkpoint": {"every_steps": 2},
     "log": {"every_seconds": 0.001},
 }
@@ -73,10 +74,9 @@ def install_fuse() -> None:
     if importlib.util.find_spec("mfusepy") is None:
         pytest.skip("needs the Python package mfusepy")
     if subprocess.run([sys.executable, "-c", "import mfusepy"], capture_output=True).returncode:
-        if not os.environ.get("K8SCIFAR_INSTALL") or not shutil.which("apt-get"):
+        if not debian.may_install():
             pytest.skip("needs libfuse (Debian: libfuse2); K8SCIFAR_INSTALL=1 installs it")
-        subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
-        subprocess.run(["apt-get", "install", "-y", "-q", "libfuse2"], check=True, capture_output=True)
+        debian.install("libfuse2")
 
 
 def test_a_slow_stale_and_late_mount_costs_time_and_nothing_else(shaky, config, tiny_data, tmp_path, undisturbed):

@@ -18,7 +18,7 @@ from conftest import TINY, history, weights_hash
 pytestmark = pytest.mark.slow
 CONFIG = TINY | {
     "epochs": 4,
-    "distributed": {"timeout_seconds": 6.0},
+    "distributed": {"timeout_seconds": 6.0, "comm": "allreduce"},
     "checkpoint": {"every_steps": 3},
     "log": {"every_seconds": 0.001, "tensorboard": False},
 }
