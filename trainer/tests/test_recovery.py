@@ -58,7 +58,7 @@ def assert_undisturbed(folder: Path, name: str) -> None:
 
 def test_killed_at_every_point_of_a_training_it_ends_with_the_same_weights(places, tiny_data):
     points = [
-        "call:k8scifar.session.find:kill:0",  # the ranks have met
+        "call:k8scifar.resume.find:kill:0",  # the ranks have met
         "call:k8scifar.optim.set_lr:kill:1",  # the first step
         "write:step-00000002:kill:0",  # a checkpoint is written, not yet renamed
         "call:k8scifar.model.set_norm_momentum:kill-soon:1",  # in a step's collective, or near it

@@ -19,7 +19,8 @@ from k8scifar.data.prepare import require
 from k8scifar.errors import PREEMPTED
 from k8scifar.evaluate import Stopped
 from k8scifar.plan import Plan
-from k8scifar.session import Session, find
+from k8scifar.resume import find
+from k8scifar.session import Session
 
 add_arguments = settings.add_arguments
 
