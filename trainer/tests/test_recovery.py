@@ -13,6 +13,7 @@ from conftest import TINY, cli_command, history, weights_hash
 
 from k8scifar import checkpoint
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FAULTS = Path(__file__).parent / "faults"
 SAVE_OFTEN = ("--set", "checkpoint.every_steps=2", "--set", "checkpoint.keep=3")
 
@@ -41,7 +42,7 @@ def launch(folder: Path, data: Path, name: str, *arguments: str, ranks: int = 2,
         env=os.environ | own | environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
 
 

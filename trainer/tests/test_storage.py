@@ -19,7 +19,7 @@ from conftest import TINY, history, weights_hash
 
 from k8scifar.files import remove_temporary
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CONFIG = TINY | {
     "distributed": {"timeout_seconds": 8.0, "comm": "allreduce"},
     "checkpoint": {"every_steps": 2},

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import TINY, history, weights_hash
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CONFIG = TINY | {
     "epochs": 4,
     "distributed": {"timeout_seconds": 6.0, "comm": "allreduce"},
