@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         if name not in ROWS:
             parser.error(f"there is no row {name!r}; the rows are {', '.join(ROWS)}")
     failed = False
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that rows tidy up behind themselves
     if not args.table:
         options = Options(args.data.resolve(), float(os.environ.get("BENCH_MINUTES") or 12), args.tiny)
         if not (args.data / "manifest.json").exists():

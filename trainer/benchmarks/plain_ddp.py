@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="stop after so many")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after so many minutes of training")
     parser.add_argument("--evaluate", type=int, default=0, help="evaluate each so many steps; its time is left out")
+    parser.add_argument("--test-pictures", type=int, default=2000, help="evenly spaced, for each evaluation")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--lr", type=float, default=0.1)
     args = parser.parse_args()
@@ -95,7 +96,7 @@ def main() -> None:
     rank = dist.get_rank()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     torch.manual_seed(0)
-    train_set, test_set = datasets(args.data, 2000)
+    train_set, test_set = datasets(args.data, args.test_pictures)
     sampler = DistributedSampler(train_set)
     loader = DataLoader(
         train_set, args.batch, sampler=sampler, num_workers=args.workers, drop_last=True, persistent_workers=True

@@ -142,6 +142,7 @@ def leaves(node, path=""):
 
 # Another value for each that has no obvious one.
 OTHER = {
+    "train.distributed.comm": "powersgd",
     "nodes": 1,
     "train.recipe": "best",
     "image.digest": "sha256:" + "0" * 64,

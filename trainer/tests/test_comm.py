@@ -50,7 +50,7 @@ def start(folder: Path, data: Path, trainings: list[dict], ranks: int = 2):
         plan.append({"port": port, "arguments": [*paths, "--name", training["name"], *sets], "cut": cut})
     (folder / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return run([*command, str(Path(__file__).with_name("comm_ranks.py")), str(folder / "plan.json")])
+    return run([*command, str(Path(__file__).with_name("comm_ranks.py")), str(folder / "plan.json")], timeout=280)
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +61,16 @@ def trained(tmp_path_factory, tiny_data):
     for mode in MODES:
         sets = [*SHORT, f"distributed.comm={mode}", "log.every_steps=1"]
         sets += ["ema.decay=0.5"] if mode == "local-sgd" else []
-        trainings += [
-            {"name": mode, "sets": [*sets, f"checkpoint.every_steps={CUT_AT}"]},
-            {
-                "name": f"{mode}-resumed",
-                "sets": [*sets, "checkpoint.every_steps=5", "log.tensorboard=false"],
-                "cut": mode,
-            },
-        ]
+        trainings.append({"name": mode, "sets": [*sets, f"checkpoint.every_steps={CUT_AT}"]})
+        if mode != "fp16":  # the same code as bf16's
+            sets += ["checkpoint.every_steps=5", "log.tensorboard=false"]
+            trainings.append({"name": f"{mode}-resumed", "sets": sets, "cut": mode})
     done = start(folder, tiny_data, trainings)
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "fp16"])
 def test_resumed_within_an_epoch_equals_undisturbed_bit_for_bit(trained, mode):
     folder, said = trained
     assert weights_hash(folder / f"{mode}-resumed") == weights_hash(folder / mode)
@@ -88,7 +84,7 @@ def test_replicas_are_bit_identical_and_the_modes_differ(trained):
     ranks = [(folder / f"hashes.{rank}").read_text().splitlines() for rank in range(2)]
     assert ranks[0] == ranks[1]
     last = {line.split()[0]: line.split()[2] for line in ranks[0] if line.split()[1] == "6"}
-    assert len(last) == 2 * len(MODES)
+    assert len(last) == 2 * len(MODES) - 1
     assert len(set(last.values())) == len(MODES)
 
 

@@ -1,0 +1,57 @@
+"""The benchmarks run, at sizes that measure nothing, and the table has every row."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "trainer" / "benchmarks"))
+import bench
+from harness import CannotRun, Options, plain, sets, train_steps
+
+
+@pytest.fixture
+def options(tiny_data):
+    return Options(tiny_data, minutes=0.1, tiny=True)
+
+
+def test_row_is_kept_and_the_table_has_every_row(tiny_data, tmp_path, capsys):
+    assert bench.main(["data", "--tiny", "--data", str(tiny_data), "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("data-*.json")
+    result = json.loads(path.read_text())
+    assert result["found"]["ratio"]["n"] == 1
+    assert {"date", "machine", "versions"} <= set(result)
+    table = capsys.readouterr().out
+    for name in bench.ROWS:
+        assert f"\n| {name} | " in table
+    assert f"{result['found']['ratio']['median']:.3g}x" in table
+    for name in ("gpu", "flops"):
+        assert any("needs a GPU" in line for line in table.splitlines() if line.startswith(f"| {name} |"))
+    assert "no measurement" in table
+
+
+def test_row_that_cannot_run_here_says_why_and_keeps_nothing(options, tmp_path, capsys, monkeypatch):
+    import row_gpu
+
+    def refuse(_):
+        raise CannotRun("needs a GPU: make bench-gpu")
+
+    monkeypatch.setattr(row_gpu, "measure", refuse)
+    assert bench.run("gpu", options, tmp_path)
+    assert "needs a GPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_both_contenders_train(options):
+    small = sets(global_batch=20, micro_batch=10, resolution="[{until: 1.0, pixels: 8}]", checkpoint__every_steps=2)
+    ours = train_steps(options, 1, 3, *small, BENCH_EVALUATE="3")
+    assert len(ours["steps"]) == 2
+    assert len(ours["stalls"]) == 1
+    assert ours["first_step"] == pytest.approx(sum(ours["stages"].values()), rel=1e-6)
+    assert 0 <= ours["curve"][0][1] <= 1
+    theirs = plain(options, 1, "--batch", "4", "--steps", "2", "--evaluate", "2", "--test-pictures", "10")
+    assert len(theirs["steps"]) == 1
+    assert 0 <= theirs["curve"][0][1] <= 1
