@@ -23,7 +23,9 @@ def places(tmp_path_factory, tiny_data):
     """Folder of the runs, with a configuration that checkpoints often; the undisturbed run is in `runs/undisturbed`."""
     folder = tmp_path_factory.mktemp("recovery")
     (folder / "tiny.yaml").write_text(
-        yaml.safe_dump(TINY | {"micro_batch": 25, "log": {"every_seconds": 0.001, "tensorboard": False}})
+        yaml.safe_dump(
+            TINY | {"micro_batch": 25, "ema": {"decay": 0.8}, "log": {"every_seconds": 0.001, "tensorboard": False}}
+        )
     )
     done = launch(folder, tiny_data, "undisturbed")
     assert done.returncode == 0, done.stderr

@@ -35,8 +35,11 @@ class WeightAverage:
 
     def __init__(self, net: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._live = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+        live = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+        self._live = list(live.values())
         self.tensors = [tensor.clone() for tensor in self._live]
+        # Of the tensors: what follows each rank's own running statistics within an epoch.
+        self.statistics = [tensor for name, tensor in zip(live, self.tensors, strict=True) if "running_" in name]
 
     @torch.no_grad()
     def update(self) -> None:

@@ -128,7 +128,7 @@ class Session:
         sums = state.sums.clone()
         dist.all_reduce(sums)
         self.check_finite(sums, step)
-        parallel.average(model.running_statistics(state.norms), self.world)
+        parallel.average(state.statistics(), self.world)
         pixels = self.plan.pixels(step - 1)
         record: dict[str, Any] = {
             "epoch": epoch,

@@ -70,12 +70,15 @@ class State:
 
     def local(self) -> torch.Tensor:
         """What differs between the ranks within an epoch, float64 [n]: running statistics and sums."""
-        statistics = [tensor.flatten().double() for tensor in model.running_statistics(self.norms)]
-        return torch.cat([*statistics, self.sums])
+        return torch.cat([tensor.flatten().double() for tensor in [*self.statistics(), self.sums]])
+
+    def statistics(self) -> list[torch.Tensor]:
+        """Each rank's own running statistics, the network's and then the weight average's."""
+        return model.running_statistics(self.norms) + (self.average.statistics if self.average else [])
 
     @torch.no_grad()
     def _set_local(self, row: torch.Tensor) -> None:
-        tensors = [*model.running_statistics(self.norms), self.sums]
+        tensors = [*self.statistics(), self.sums]
         for tensor, values in zip(tensors, row.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(values.view_as(tensor))
 
