@@ -75,6 +75,19 @@ class AllReduce:
             for tensor, values in zip(own, row.split([tensor.numel() for tensor in own]), strict=True):
                 tensor.copy_(values.view_as(tensor))
 
+    def _weights(self) -> list[torch.Tensor]:
+        """The weights, and their moving average where there is one."""
+        return [*self._parameters, *(self._average.tensors if self._average else [])]
+
+    def _average_weights(self) -> None:
+        """Replace the weights by their mean over the ranks; collective."""
+        weights = self._weights()
+        flat = torch.cat([tensor.flatten() for tensor in weights])
+        dist.all_reduce(flat)
+        flat /= self._world.size
+        for tensor, mean in zip(weights, flat.split([tensor.numel() for tensor in weights]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
     def _shared(self) -> list[torch.Tensor]:
         """What is carried from step to step, and equal on all ranks."""
         return []
@@ -121,6 +134,9 @@ class PowerSGD(AllReduce):
     factor, so that what follows the backward pass is short. A hook that starts the second all-reduce from the
     first one's callback, as torch's own does, may start it at another place among the buckets on each rank, and
     gloo pairs collectives by their order; here both are started in program order.
+
+    The orthonormal factors are each rank's own work, whose last bits differ between unlike CPUs; so the weights are
+    averaged at the end of each epoch, which changes nothing where they are equal.
 
     Source: Vogels, Karimireddy, Jaggi, PowerSGD (2019), algorithm 1 and 2, with warm start.
     """
@@ -188,6 +204,11 @@ class PowerSGD(AllReduce):
             self._rest[parameter].sub_(mean)
             parameter.grad.copy_(mean.view_as(parameter.grad.movedim(1, -1)).movedim(-1, 1))
 
+    @torch.no_grad()
+    def after_step(self, steps_in_epoch: int, epoch_ends: bool) -> None:
+        if epoch_ends:
+            self._average_weights()
+
     def _shared(self) -> list[torch.Tensor]:
         return list(self._q.values())
 
@@ -222,14 +243,8 @@ class LocalSGD(AllReduce):
     @torch.no_grad()
     def after_step(self, steps_in_epoch: int, epoch_ends: bool) -> None:
         self._equal = epoch_ends or steps_in_epoch % self._every == 0
-        if not self._equal:
-            return
-        weights = self._weights()
-        flat = torch.cat([tensor.flatten() for tensor in weights])
-        dist.all_reduce(flat)
-        flat /= self._world.size
-        for tensor, mean in zip(weights, flat.split([tensor.numel() for tensor in weights]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        if self._equal:
+            self._average_weights()
 
     def snapshot(self) -> dict[str, Any]:
         return super().snapshot() | {"equal": self._equal}
@@ -237,9 +252,6 @@ class LocalSGD(AllReduce):
     def restore(self, saved: dict[str, Any]) -> None:
         self._equal = saved.get("equal", True)  # so that _own lists what was saved
         super().restore(saved)
-
-    def _weights(self) -> list[torch.Tensor]:
-        return [*self._parameters, *(self._average.tensors if self._average else [])]
 
     def _own(self) -> list[torch.Tensor]:
         momenta = [self._optimizer.state[parameter].get("momentum_buffer") for parameter in self._parameters]
