@@ -161,7 +161,7 @@ image-test: ## build and smoke-test in a throw-away engine on a home-made base i
 
 ##@ Development
 test: $(READY) ## run the tests, two files at a time; TESTS=file picks some, ARGS go to pytest
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS) $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
 chaos: $(READY) ## strike two-host trainings KILLS=20 times at random and compare the weights (root); SEED= repeats one
 	@$(BIN)/python trainer/tests/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)

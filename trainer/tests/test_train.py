@@ -16,6 +16,8 @@ from conftest import TINY, cli, history, run, train_command, weights_hash
 
 from k8scifar import checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tiny_data):
