@@ -19,9 +19,9 @@ from k8scifar.cli import main
 from k8scifar.config import Config
 from k8scifar.errors import UserError
 from k8scifar.state import check_resumable
+from k8scifar.wire import Times
 
 pytestmark = pytest.mark.slow
-from k8scifar.wire import Times
 
 MODES = ["bf16", "fp16", "powersgd", "local-sgd"]  # test_train.py has allreduce
 CUT_AT = 4  # of 6 steps; local SGD averages after steps 3 and 6
