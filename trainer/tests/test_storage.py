@@ -64,6 +64,7 @@ def shaky(tmp_path):
     yield mount
     for at, process in mounted:
         subprocess.run(["umount", "--lazy", str(at)], check=True)
+        process.kill()  # it would serve on for whoever still has a file open
         process.wait(20)
 
 

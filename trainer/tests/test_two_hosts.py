@@ -69,7 +69,7 @@ def assert_same(group, undisturbed) -> None:
 def test_a_late_node_0_whose_name_comes_late_and_whose_port_is_taken(group, machines, undisturbed):
     machines[1].know([machines[1]])
     second = group.start(1)
-    squatter = "import socket, time; s = socket.socket(); s.bind(('', 29500)); s.listen(); time.sleep(1000)"
+    squatter = "import socket, time; taken = socket.create_server(('', 29500)); time.sleep(1000)"
     stale = machines[0].popen([sys.executable, "-c", squatter], {}, group.folder / "stale-log")
     time.sleep(3.0)
     machines[1].know(machines)
@@ -79,7 +79,7 @@ def test_a_late_node_0_whose_name_comes_late_and_whose_port_is_taken(group, mach
         lambda: "port 29500 of this machine is in use" in group.pods[1].text(), 100, "told that the port is taken"
     )
     assert group.steps == []
-    stale_processes = machines[0].processes("s.listen()")
+    stale_processes = machines[0].processes("create_server")
     hosts.send(stale_processes, signal.SIGKILL)
     stale.wait(10)
     group.until(lambda: group.done, 250, "the end")
