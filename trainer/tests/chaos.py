@@ -27,6 +27,10 @@ from k8scifar.data.prepare import prepare
 
 TIMEOUT = 8.0  # seconds that a rank waits for a silent peer, here
 SILENCE = TIMEOUT + 3.0  # how long a fault that must be noticed lasts
+RANK, AGENT = (
+    "-u -m k8scifar.worker",
+    "-m k8scifar.agent",
+)  # in their command lines; the agent's tells of the rank's too
 LIMIT = 300.0  # seconds within which any fault must be mended
 
 # What is trained: 8 epochs of 6 steps with an evaluation after each; a checkpoint every 4 steps.
@@ -88,12 +92,12 @@ class Report:
 
 def kill_worker(group: Group, host: int) -> None:
     """SIGKILL of a rank"""
-    group.machines[host].signal(signal.SIGKILL, "k8scifar.worker")
+    group.machines[host].signal(signal.SIGKILL, RANK)
 
 
 def kill_agent(group: Group, host: int) -> None:
     """SIGKILL of a torchrun agent"""
-    group.machines[host].signal(signal.SIGKILL, "k8scifar.agent")
+    group.machines[host].signal(signal.SIGKILL, AGENT)
 
 
 def kill_pod(group: Group, host: int) -> None:
@@ -114,7 +118,13 @@ def preempt(group: Group, host: int) -> None:
 
 def freeze_rank(group: Group, host: int) -> None:
     """a rank frozen for good (SIGSTOP)"""
-    group.machines[host].signal(signal.SIGSTOP, "k8scifar.worker")
+    group.machines[host].signal(signal.SIGSTOP, RANK)
+
+
+def freeze_agent(group: Group, host: int) -> None:
+    """a torchrun agent and its rank frozen for good"""
+    group.machines[host].signal(signal.SIGSTOP, AGENT)
+    group.machines[host].signal(signal.SIGSTOP, RANK)
 
 
 def freeze_pod(group: Group, host: int) -> None:
@@ -154,7 +164,7 @@ KINDS = {
     function.__name__: function
     for function in (
         *(kill_worker, kill_agent, kill_pod, kill_both, preempt),
-        *(freeze_rank, freeze_pod, cut_link, slow_link, reset_connections, damage_checkpoint),
+        *(freeze_rank, freeze_agent, freeze_pod, cut_link, slow_link, reset_connections, damage_checkpoint),
     )
 }
 KILLS = ("kill_worker", "kill_agent", "kill_pod", "kill_both", "preempt", "reset_connections", "damage_checkpoint")

@@ -31,7 +31,7 @@ class Fake(Plan):
         return [sys.executable, "-c", os.environ["FAKE"]]
 
 options = eval(os.environ["OPTIONS"])
-config = settings.load(None, [f"runs_dir={os.environ['RUNS']}"], "demo")
+config = settings.load(None, [f"runs_dir={os.environ['RUNS']}", "distributed.timeout_seconds=5"], "demo")
 sys.exit(Supervisor(Fake(config=config, train_arguments=[], **options)).run())
 """
 RANK = """
@@ -161,6 +161,20 @@ end(0)
     assert errors.count("the next starts in") == 4
     pauses = [float(line.split("starts in ")[1].split()[0]) for line in errors.splitlines()]
     assert all(0.1 <= pause <= 0.31 for pause in pauses)
+
+
+def test_a_torchrun_that_is_frozen_is_ended_and_started_again(supervised, tmp_path):
+    fake = """
+if attempt == 1:
+    (scratch / "alive").touch()
+    os.kill(os.getpid(), signal.SIGSTOP)
+end(0)
+"""
+    process = supervised(fake, restart=True)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert attempts(tmp_path) == 2
+    assert "torchrun has shown no sign of life for 10 s: frozen" in errors
 
 
 def test_without_restart_a_failure_is_final(supervised, tmp_path):

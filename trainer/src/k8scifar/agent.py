@@ -7,10 +7,14 @@ else. The ranks print what went wrong themselves; this adds a line only where th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
 from k8scifar import meeting, processes
 from k8scifar.errors import FAILED, PREEMPTED, USER_MISTAKE, PeersDiffer
@@ -20,6 +24,7 @@ def main(arguments: list[str]) -> int:
     """Run torchrun with these arguments (see `torchrun --help`) in this process."""
     processes.die_with_parent(int(os.environ.get("K8SCIFAR_SUPERVISOR_PID", "0")))
     os.environ["K8SCIFAR_AGENT_PID"] = str(os.getpid())
+    threading.Thread(target=_show_life, daemon=True).start()
 
     # The agent's C++ messages repeat what the ranks' say; the ranks themselves keep theirs.
     level = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -46,6 +51,15 @@ def main(arguments: list[str]) -> int:
         print(f"k8scifar: torchrun: {_first_line(error)}", file=sys.stderr, flush=True)
         return FAILED
     return 0
+
+
+def _show_life() -> None:
+    """Touch a file for the supervisor, so that it can tell a frozen torchrun from one that waits."""
+    alive = Path(os.environ.get("K8SCIFAR_SCRATCH", "/nowhere"), "alive")
+    while alive.parent.is_dir():
+        with contextlib.suppress(OSError):
+            alive.touch()
+        time.sleep(1.0)
 
 
 def _meet(parsed: argparse.Namespace) -> None:

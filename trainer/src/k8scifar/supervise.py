@@ -19,6 +19,7 @@ from k8scifar.errors import FAILED, PREEMPTED, USER_MISTAKE
 from k8scifar.node import Plan
 
 POLL = 0.1  # seconds between two looks at the child
+SILENCE = 10.0  # seconds, at least, without a sign of life after which torchrun is taken for frozen
 LINGER = 5.0  # seconds that torchrun gets to end by itself after its ranks have
 
 
@@ -127,6 +128,7 @@ class Supervisor:
         """Return when torchrun has ended, or should be ended by force."""
         begun = started_at = time.monotonic()
         deadline, told = None, 0
+        life, changed_at, silence = 0, begun, max(self.plan.config.distributed.timeout_seconds, SILENCE)
         self._next.clear()
         self.heartbeat.touch()
         while child.poll() is None:
@@ -141,6 +143,11 @@ class Supervisor:
                 elif len(codes) == self.plan.nproc_per_node:
                     deadline = now + self.plan.wait  # torchrun waits here until node 0 has written the last files
             if deadline is not None and now >= deadline:
+                return
+            if (seen := _modified(scratch / "alive")) != life:
+                life, changed_at = seen, now
+            elif life and now - changed_at > silence:
+                self.reason = f"torchrun has shown no sign of life for {silence:.0f} s: frozen"
                 return
             joined = any(scratch.glob("started.*"))
             started_at = started_at if joined else now
@@ -250,6 +257,14 @@ class Supervisor:
         end = time.monotonic() + seconds
         while not self.signals and (left := end - time.monotonic()) > 0:
             time.sleep(min(POLL, left))
+
+
+def _modified(path: Path) -> int:
+    """When a file was last written, in ns; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _read(path: Path) -> str:
