@@ -151,7 +151,8 @@ class Distributed(_Section):
     comm: Literal["auto", "allreduce", "bf16", "fp16", "powersgd", "local-sgd"] = "auto"
     """How gradients are combined: `allreduce` as they are (float32), rounded to `bf16` or `fp16` (half the bytes),
     `powersgd` in low rank (a fiftieth), `local-sgd` not at all, but the weights now and then. `auto` times the wire
-    and a step when the ranks meet, and takes the most exact one that keeps the wire from being the limit."""
+    and a step when the ranks meet, and takes the most exact one that keeps the wire from being the limit; never
+    `powersgd`, which costs accuracy."""
     powersgd_rank: int = Field(4, ge=1, le=64)
     """Rank of PowerSGD's matrices: more is more exact, and more bytes."""
     local_sgd_steps: int = Field(8, ge=1, le=10000)

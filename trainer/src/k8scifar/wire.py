@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from k8scifar import comm
 from k8scifar.config import Config
 from k8scifar.parallel import World
 
@@ -55,7 +54,7 @@ def choose(
     if world.local_size == world.size:
         return "allreduce", "all ranks are on one machine"
     times = measure()
-    steps = predict(times, net, config)
+    steps = predict(times, config)
     mode = torch.tensor([list(steps).index(best(times, steps))])
     dist.broadcast(mode, 0, group=world.host_group)
     megabytes = 4e-6 * sum(parameter.numel() for parameter in net.parameters())
@@ -67,11 +66,8 @@ def choose(
     return list(steps)[mode.item()], why
 
 
-def predict(times: Times, net: nn.Module, config: Config) -> dict[str, float]:
-    """Seconds a step in each mode, the optimiser left out."""
-    whole = sum(parameter.numel() for parameter in net.parameters())
-    rank = config.distributed.powersgd_rank
-    small = sum(rank * (len(p) + p.numel() // len(p)) if comm.pays(p, rank) else p.numel() for p in net.parameters())
+def predict(times: Times, config: Config) -> dict[str, float]:
+    """Seconds a step in each mode, the optimiser left out; not in powersgd, which costs accuracy: a user's choice."""
     wire = max(times.gradients - times.latency, 0.0)
 
     def step(way: float, work: float = 0.0) -> float:
@@ -80,7 +76,6 @@ def predict(times: Times, net: nn.Module, config: Config) -> dict[str, float]:
     return {
         "allreduce": step(wire + times.latency),
         "bf16": step(wire / 2 + times.latency, 2 * times.memory),
-        "powersgd": step(wire * small / whole + times.latency, 6 * times.memory) + times.latency,
         "local-sgd": times.compute + (times.gradients + 2 * times.memory) / config.distributed.local_sgd_steps,
     }
 
