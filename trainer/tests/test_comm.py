@@ -18,6 +18,7 @@ from k8scifar import checkpoint, comm, settings, wire
 from k8scifar.cli import main
 from k8scifar.config import Config
 from k8scifar.errors import UserError
+from k8scifar.pulse import Pulse
 from k8scifar.state import check_resumable
 from k8scifar.wire import Times
 
@@ -152,7 +153,7 @@ def test_powersgd_of_full_rank_is_exact_and_of_low_rank_loses_nothing_for_good(t
             net = torch.nn.Linear(60, 12, bias=False)
             ddp = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
             config = Config(distributed={"powersgd_rank": rank})
-            world = comm.World(0, 1, 0, 1, torch.device("cpu"), "gloo")
+            world = comm.World(0, 1, 0, 1, torch.device("cpu"), "gloo", None, Pulse(0, 1), 60.0)
             mode = comm.PowerSGD(config, world, ddp, torch.optim.SGD(net.parameters()), None)
             left, right = torch.randn(12, 4), torch.randn(4, 60)  # every gradient is of rank 4
             total, sent = torch.zeros(12, 60), torch.zeros(12, 60)
