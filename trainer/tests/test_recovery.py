@@ -86,7 +86,7 @@ def test_killed_at_every_point_of_a_training_it_ends_with_the_same_weights(place
 
 
 def test_a_frozen_rank_and_a_slow_one_are_named_and_the_group_recovers(places, tiny_data):
-    points = ["call:k8scifar.optim.set_lr:freeze:1", "write:metrics.jsonl:stall=9:0"]
+    points = ["call:k8scifar.optim.set_lr:freeze:1", "write:metrics.jsonl:stall=12:0"]
     done = launch(
         places, tiny_data, "frozen", "--set", "distributed.timeout_seconds=5", K8SCIFAR_FAULTS=" ".join(points)
     )
