@@ -102,13 +102,13 @@ def test_a_volume_that_fails_for_a_moment_is_tried_again(places, tiny_data):
         "write:config.yaml:ESTALE",
         "write:step-00000002:ESTALE",
         "write:step-00000004:EIO",
-        "write:step-00000006:stall=4",  # slower than the next checkpoint comes
+        "write:step-00000006:stall=10",  # slower than the next checkpoint comes
         "write:metrics.jsonl:ESTALE",
-        "write:model.safetensors:stall=7",  # longer than a collective's time-out
+        "write:model.safetensors:stall=10",  # longer than a collective's time-out
         "write:summary.json:ESTALE",
     ]
     done = launch(
-        places, tiny_data, "shaky", "--set", "distributed.timeout_seconds=5", K8SCIFAR_FAULTS=" ".join(points)
+        places, tiny_data, "shaky", "--set", "distributed.timeout_seconds=8", K8SCIFAR_FAULTS=" ".join(points)
     )
     assert done.returncode == 0, done.stderr
     assert struck(places, "shaky") == len(points)
