@@ -84,12 +84,18 @@ def join(config: Config) -> Iterator[World]:
         # The process group is left as it is: taking it down would wait for the peer that is lost.
         raise TrainingError(f"rank {rank} gave up: {pulse.blame(error)}") from None
     except BaseException:
-        dist.destroy_process_group()
+        _part()
         raise
     else:
-        dist.destroy_process_group()
+        _part()
     finally:
         pulse.stop()
+
+
+def _part() -> None:
+    """Leave the process group. Seen once: its destructor, which holds the GIL, waits for a gloo thread that wants it."""
+    time.sleep(0.1)  # so the threads of gloo get it first, to let go of their last collective's tensors
+    dist.destroy_process_group()
 
 
 def check_size(config: Config) -> None:
