@@ -93,7 +93,7 @@ def join(config: Config) -> Iterator[World]:
 
 
 def _part() -> None:
-    """Leave the process group. Its destructor holds the GIL and waits for a gloo thread that may want it (seen once)."""
+    """Leave the process group. Its destructor holds the GIL and waits for a gloo thread that may want it."""
     time.sleep(0.1)  # so the threads of gloo get it first, to let go of their last collective's tensors
     dist.destroy_process_group()
 
