@@ -59,6 +59,25 @@ def train(tiny_config: Path, tiny_data: Path, tmp_path: Path):
     return start
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """``small_disk("150m")`` mounts a file system of that size; returns where. One checkpoint is 90 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    mounted = tmp_path / "small"
+
+    def mount(size: str) -> Path:
+        mounted.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mounted)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("this machine does not let root mount a tmpfs")
+        return mounted
+
+    yield mount
+    if os.path.ismount(mounted):
+        subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
 def train_command(ranks: int, config: Path, data: Path, runs: Path, name: str, *arguments: str) -> list[str]:
     """The command line of a training under torchrun."""
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import re
@@ -17,6 +18,9 @@ import pytest
 import yaml
 from conftest import TINY, history, weights_hash
 
+from k8scifar import files
+from k8scifar.data import packed
+from k8scifar.errors import TrainingError
 from k8scifar.files import remove_temporary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -102,38 +106,32 @@ def test_a_slow_stale_and_late_mount_costs_time_and_nothing_else(shaky, config, 
     assert history(volume / "runs" / "shaky") == history(undisturbed)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
-def test_training_goes_on_while_the_disk_is_full_and_ends_when_there_is_space(config, tiny_data, tmp_path, undisturbed):
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=330m", "tmpfs", str(small)]  # three checkpoints of 90 MB
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this machine does not let root mount a tmpfs")
-    try:
-        with pods.group(tmp_path, config, tiny_data, "full") as group:
-            for rank in (0, 1):
-                group.start(rank, runs=small)
-            group.until(lambda: group.step >= 3, 150, "step 3")
-            with open(small / "filler", "wb") as filler:
-                for _ in range(400):
-                    try:
-                        filler.write(bytes(1 << 20))
-                        filler.flush()
-                    except OSError:
-                        break
-            log = group.pods[0].text
-            group.until(lambda: "model.safetensors could not be written (No space left" in log(), 90, "a full disk")
-            assert "checkpoint of step 12 could not be written (No space left on device)" in log()
-            assert "metrics.jsonl could not be written" in log() and "training goes on" in log()
-            assert not (small / "full" / "summary.json").exists()
-            assert group.step == 12
-            (small / "filler").unlink()
-            group.until(lambda: group.done, 250, "the end")
-            assert [pod.codes for pod in group.pods] == [[], []]
-            assert "Traceback" not in log()
-            assert weights_hash(small / "full") == weights_hash(undisturbed)
-    finally:
-        subprocess.run(["umount", "--lazy", str(small)], check=True)
+def test_training_goes_on_while_the_disk_is_full_and_ends_when_there_is_space(
+    config, tiny_data, tmp_path, small_disk, undisturbed
+):
+    small = small_disk("330m")
+    with pods.group(tmp_path, config, tiny_data, "full") as group:
+        for rank in (0, 1):
+            group.start(rank, runs=small)
+        group.until(lambda: group.step >= 3, 150, "step 3")
+        with open(small / "filler", "wb") as filler:
+            for _ in range(400):
+                try:
+                    filler.write(bytes(1 << 20))
+                    filler.flush()
+                except OSError:
+                    break
+        log = group.pods[0].text
+        group.until(lambda: "model.safetensors could not be written (No space left" in log(), 90, "a full disk")
+        assert "checkpoint of step 12 could not be written (No space left on device)" in log()
+        assert "metrics.jsonl could not be written" in log() and "training goes on" in log()
+        assert not (small / "full" / "summary.json").exists()
+        assert group.step == 12
+        (small / "filler").unlink()
+        group.until(lambda: group.done, 250, "the end")
+        assert [pod.codes for pod in group.pods] == [[], []]
+        assert "Traceback" not in log()
+        assert weights_hash(small / "full") == weights_hash(undisturbed)
 
 
 def test_only_what_was_half_written_is_removed(tmp_path):
@@ -142,3 +140,17 @@ def test_only_what_was_half_written_is_removed(tmp_path):
     remove_temporary(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "notes.tmp", "step-1.pt"]
     remove_temporary(tmp_path / "none")
+
+
+def test_data_on_a_volume_that_goes_on_failing_is_no_mistake_of_the_users(tiny_data, monkeypatch):
+    manifest = packed.read_manifest(tiny_data)
+
+    def stale(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(files, "PAUSES", (0.0,))
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(TrainingError, match=r"manifest\.json can't be read .*look at its volume"):
+        packed.read_manifest(tiny_data)
+    with pytest.raises(TrainingError, match=r"\.npy can't be read .*look at its volume"):
+        packed.read(tiny_data, manifest, "test")

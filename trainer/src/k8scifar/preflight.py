@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from k8scifar import completion, launch, network, settings
-from k8scifar.errors import UserError
+from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import sync_folder, write_atomically
 
 OWN_NAME, NODE_0, INTERFACE, SHM, DATA_VOLUME, RUNS_VOLUME, SPACE, LOST, NOT_SHARED, OTHER_DATA = range(10, 20)
@@ -172,7 +172,7 @@ def check_data(data_dir: Path, runs_dir: Path, rank: int, wait: float) -> None:
         nonlocal mine
         try:
             manifest = packed.read_manifest(data_dir)
-        except UserError:
+        except (UserError, TrainingError):
             manifest = None
         mine = manifest.fingerprint if manifest else "none"
         if rank == 0 and manifest:

@@ -90,10 +90,13 @@ def write(folder: Path, source: str, classes: list[str], splits: dict[str, Split
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a packed folder, None where there is none. Raises UserError where it is damaged."""
+    """The manifest of a packed folder, None where there is none.
+
+    Raises UserError where it is damaged, TrainingError where its volume fails.
+    """
     path = folder / MANIFEST
     try:
-        values = json.loads(read_file(path))
+        values = json.loads(_content(path))
         if values.get("format") != FORMAT:
             raise UserError(f"{path} has format {values.get('format')}, not {FORMAT}; run `k8scifar prepare` again")
         return Manifest(**values)
@@ -132,13 +135,21 @@ def remove_strays(folder: Path, manifest: Manifest) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _read_array(folder: Path, entry: dict[str, Any]) -> np.ndarray:
-    path = folder / entry["name"]
+def _content(path: Path) -> bytes:
+    """A file's bytes. Raises TrainingError where its volume goes on failing, OSError otherwise."""
     try:
-        blob = read_file(path)
+        return read_file(path)
     except OSError as error:
         if error.errno in TRANSIENT:
             raise TrainingError(f"data file {path} can't be read ({error.strerror}); look at its volume") from None
+        raise
+
+
+def _read_array(folder: Path, entry: dict[str, Any]) -> np.ndarray:
+    path = folder / entry["name"]
+    try:
+        blob = _content(path)
+    except OSError as error:
         what = "is missing" if error.errno == errno.ENOENT else f"can't be read ({os.strerror(error.errno or 0)})"
         raise UserError(f"data file {path} {what}; run `k8scifar prepare` again") from None
     if len(blob) != entry["bytes"]:
