@@ -60,7 +60,7 @@ class Watch:
     def _evaluate(self) -> None:
         spent = time.time() - self.began - self.left_out
         session = self.session
-        statistics = model.running_statistics(session.state.norms)
+        statistics = session.state.statistics()
         kept = [tensor.clone() for tensor in statistics]
         parallel.average(statistics, session.world)
         outcome = session.evaluate(session.plan.pixels(session.state.step - 1), False, lambda: True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from chart_helpers import CHART, NFS, helm, one, trainer
-from hosts import two
+from hosts import command_line, two
 
 pytestmark = [pytest.mark.helm, pytest.mark.slow]
 BIN = Path(sys.executable).parent
@@ -138,11 +138,7 @@ def cluster(objects, folder):
 
 
 def commands(host) -> str:
-    lines = []
-    for pid in host.processes():
-        with contextlib.suppress(OSError):
-            lines.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
-    return "\n".join(lines)
+    return "\n".join(command_line(pid) for pid in host.processes())
 
 
 def test_the_rendered_pods_train_hold_and_idle_again(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from conftest import cli
 from test_prepare import paint_folder
 
+from k8scifar.address import public
 from k8scifar.cli import main
 from k8scifar.data import packed, remote
 from k8scifar.data.prepare import prepare
@@ -215,7 +216,7 @@ def test_credentials_reach_the_server_and_nothing_else(tmp_path, server, monkeyp
         assert secret not in shown
     assert manifest.source.startswith(f"imagefolder:{server.url}?"), "which file it was is part of what it is"
     renewed = address.replace("abcdef123", "fresh")
-    assert remote.public(renewed) == remote.public(address) != remote.public(address.replace("file=7", "file=8"))
+    assert public(renewed) == public(address) != public(address.replace("file=7", "file=8"))
     server.state.status = 200
     monkeypatch.setenv(remote.AUTHORIZATION, "Bearer abc")
     whole(tmp_path / "c", server.url)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config import Config
 from k8scifar.optim import WeightAverage
-from k8scifar.parallel import World
+from k8scifar.parallel import World, average, spread
 
 
 class AllReduce:
@@ -72,21 +72,15 @@ class AllReduce:
             tensor.copy_(values)
         if rows is not None:
             row = rows[self._world.rank] if len(rows) == self._world.size else rows.mean(0)
-            for tensor, values in zip(own, row.split([tensor.numel() for tensor in own]), strict=True):
-                tensor.copy_(values.view_as(tensor))
+            spread(row, own)
 
     def _weights(self) -> list[torch.Tensor]:
         """The weights, and their moving average where there is one."""
         return [*self._parameters, *(self._average.tensors if self._average else [])]
 
     def _average_weights(self) -> None:
-        """Replace the weights by their mean over the ranks; collective."""
-        weights = self._weights()
-        flat = torch.cat([tensor.flatten() for tensor in weights])
-        dist.all_reduce(flat)
-        flat /= self._world.size
-        for tensor, mean in zip(weights, flat.split([tensor.numel() for tensor in weights]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        """Replace the weights by their mean over the ranks, in as few bytes as they have; collective."""
+        average(self._weights(), self._world, torch.float32)
 
     def _shared(self) -> list[torch.Tensor]:
         """What is carried from step to step, and equal on all ranks."""

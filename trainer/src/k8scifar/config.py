@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from k8scifar.data import remote
+from k8scifar.address import is_address, public
 
 DEFAULT_RECIPE = "demo"
 
@@ -112,7 +112,7 @@ class Data(_Section):
     def _without_credentials(cls, source: str) -> str:
         """config.yaml, the checkpoints and the report show it."""
         kind, _, address = source.partition(":")
-        return f"{kind}:{remote.public(address)}" if remote.is_address(address) else source
+        return f"{kind}:{public(address)}" if is_address(address) else source
 
 
 class Evaluation(_Section):

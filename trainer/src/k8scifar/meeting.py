@@ -58,12 +58,18 @@ def _compare(store, rank: int, job: str) -> None:
         time.sleep(0.1)
 
 
-def connect(address: str, port: int):
-    """A client of node 0's store, which does not count as one of the nodes. Raises OSError or RuntimeError."""
+def connect(address: str, port: int, reach: float = 2.0, answer: float | None = None):
+    """A client of node 0's store, which does not count as one of the nodes. Raises OSError or RuntimeError.
+
+    Args:
+        reach: seconds for the connection.
+        answer: seconds for each answer; None: PATIENCE beyond the process-group time-out.
+    """
     from torch.distributed import TCPStore
 
-    answer = float(os.environ.get("K8SCIFAR_PEER_TIMEOUT", "60")) + PATIENCE
-    socket.create_connection((address, port), timeout=2).close()  # torch's own retries are seconds apart
+    if answer is None:
+        answer = float(os.environ.get("K8SCIFAR_PEER_TIMEOUT", "60")) + PATIENCE
+    socket.create_connection((address, port), timeout=reach).close()  # torch's own retries are seconds apart
     return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=answer))
 
 

@@ -138,14 +138,20 @@ def resolve_precision(config: Config, world: World) -> str:
 
 
 @torch.no_grad()
-def average(tensors: list[torch.Tensor], world: World) -> None:
-    """Replace each tensor by its mean over the ranks, taken in float64 so that equal values stay what they are."""
-    flat = torch.cat([tensor.flatten().double() for tensor in tensors])
+def average(tensors: list[torch.Tensor], world: World, dtype: torch.dtype = torch.float64) -> None:
+    """Replace each tensor by its mean over the ranks; in float64 values that are equal stay what they are."""
+    flat = torch.cat([tensor.flatten().to(dtype) for tensor in tensors])
     world.pulse.arrive()
     dist.all_reduce(flat)
     flat /= world.size
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    spread(flat, tensors)
+
+
+@torch.no_grad()
+def spread(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+    """Copy the values of `flat` (1-dimensional) into the tensors, in order: what torch.cat of them had joined."""
+    for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(values.view_as(tensor))
 
 
 def gather(row: torch.Tensor, world: World) -> torch.Tensor:
@@ -245,11 +251,6 @@ class Agreement:
         """`begin` and `end` in one."""
         self.begin(**raised)
         return self.end()
-
-
-def barrier(world: World) -> None:
-    """Wait for all ranks."""
-    dist.barrier(group=world.host_group)
 
 
 def is_peer_failure(error: BaseException) -> bool:

@@ -8,7 +8,6 @@ slow one's second lies behind.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import re
 import socket
@@ -16,7 +15,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-import torch.distributed as dist
+from k8scifar import meeting
 
 EVERY = 1.0  # seconds between two signs of life
 WATCH = 2.5  # seconds in which a living rank shows another
@@ -78,7 +77,7 @@ class Pulse:
             return what
         try:
             store = self._connect()
-            verdict = self._verdict(store, what) if timed_out else self._closed(store, what)
+            verdict = self._verdict(store) if timed_out else self._closed(store, what)
         except (RuntimeError, OSError):
             verdict = ""
             if os.environ.get("GROUP_RANK", "0") != "0":
@@ -87,7 +86,7 @@ class Pulse:
             time.sleep(LINGER)
         return f"{verdict} ({what})" if verdict else what
 
-    def _verdict(self, store, what: str) -> str:
+    def _verdict(self, store) -> str:
         if store.check([VERDICT]):
             return store.get(VERDICT).decode()
         before = self._signs(store)
@@ -138,10 +137,7 @@ class Pulse:
                 store = None  # node 0 is gone or out of reach; its ranks' failure will end this one
 
     def _connect(self):
-        socket.create_connection(self._master, timeout=ANSWER).close()  # torch's own attempts wait longer
-        return dist.TCPStore(
-            *self._master, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=ANSWER)
-        )
+        return meeting.connect(*self._master, reach=ANSWER, answer=ANSWER)
 
     def _address(self) -> str:
         """The address of this machine that node 0 sees."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from k8scifar import completion, model, versions
 from k8scifar.config import COMM, Config
+from k8scifar.console import say
 from k8scifar.data.packed import Manifest, Split
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.evaluate import Outcome
@@ -158,11 +158,6 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
         f"epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.4f} accuracy "
         f"{record['train_accuracy']:.2%}{test}, {record['pixels']} pixels, {record['images_per_second']:,.0f} images/s"
     )
-
-
-def say(text: str) -> None:
-    """A line on stderr; for rank 0 before a progress bar exists."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def device_name(device: torch.device) -> str:

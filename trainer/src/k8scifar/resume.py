@@ -7,6 +7,7 @@ from typing import Any
 
 from k8scifar import checkpoint, parallel, records, versions
 from k8scifar.config import Config
+from k8scifar.console import say
 from k8scifar.data import packed
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import TRANSIENT
@@ -39,12 +40,12 @@ def _look(folder: records.RunFolder, config: Config, manifest: packed.Manifest) 
         bad = False
         for path, content, why in checkpoint.newest_good(folder.checkpoints):
             if content is None:
-                records.say(f"{why}; trying the one before")
+                say(f"{why}; trying the one before")
                 bad = True
                 continue
             folder.create(config)
             folder.forget_summary()
-            records.say(f"resuming from {path}")
+            say(f"resuming from {path}")
             return b"C" + content
     except OSError as error:
         kind = TrainingError if error.errno in TRANSIENT else UserError

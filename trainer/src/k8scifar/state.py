@@ -76,17 +76,13 @@ class State:
         """Each rank's own running statistics, the network's and then the weight average's."""
         return model.running_statistics(self.norms) + (self.average.statistics if self.average else [])
 
-    @torch.no_grad()
     def _set_local(self, row: torch.Tensor) -> None:
-        tensors = [*self.statistics(), self.sums]
-        for tensor, values in zip(tensors, row.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(values.view_as(tensor))
+        parallel.spread(row, [*self.statistics(), self.sums])
 
     def weight_sum(self) -> torch.Tensor:
         """Sum of all weights, float64 [1] on the CPU: not finite if any of them is not."""
-        return (
-            torch.stack([parameter.detach().double().sum() for parameter in self.net.parameters()]).sum().view(1).cpu()
-        )
+        sums = [parameter.detach().double().sum() for parameter in self.net.parameters()]
+        return torch.stack(sums).sum().view(1).cpu()
 
     def snapshot(self, pixels: int) -> dict[str, Any]:
         """A checkpoint's values, copied to the CPU; collective: all ranks call it, rank 0 uses it.

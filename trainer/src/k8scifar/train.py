@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from k8scifar import model, optim, parallel, records, settings
 from k8scifar.completion import touch_heartbeat
+from k8scifar.console import say
 from k8scifar.data.prepare import require
 from k8scifar.errors import PREEMPTED
 from k8scifar.evaluate import Stopped
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         finished, checkpoint = find(config, manifest, world)
         if finished:
             if world.leads:
-                records.say(f"already finished: {records.describe(finished, config.run_dir)}")
+                say(f"already finished: {records.describe(finished, config.run_dir)}")
             return 0
         session = Session(config, manifest, plan, world, checkpoint)
         try:
@@ -118,7 +119,7 @@ def train(session: Session, stop: threading.Event) -> None:
             state.average.update()
         state.step += 1
         clock.mark("communication")
-        state.comm.after_step(step_in_epoch + 1, epoch_ends=state.step % plan.steps_per_epoch == 0)
+        state.comm.after_step(step_in_epoch + 1, epoch_ends=session.epoch_is_over)
         clock.mark("between steps")
         touch_heartbeat()
 

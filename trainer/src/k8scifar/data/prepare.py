@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
 from pathlib import Path
 
+from k8scifar.address import is_address, public
+from k8scifar.console import say
 from k8scifar.data import packed, remote
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import locked, remove_temporary
@@ -110,11 +111,6 @@ def describe(manifest: packed.Manifest) -> str:
     return f"{manifest.source}, {counts} pictures, {len(manifest.classes)} classes, fingerprint {manifest.fingerprint}"
 
 
-def say(text: str) -> None:
-    """A line for people and log collectors."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def _present(folder: Path, source: str) -> packed.Manifest | None:
     """The manifest of the copy that is there, if it is whole and of this source; says why not."""
     try:
@@ -163,10 +159,10 @@ def _build(folder: Path, source: str, alone: bool) -> packed.Manifest:
         return packed.write(folder, source, synthetic.CLASSES, splits)
     from k8scifar.data import images
 
-    if remote.is_address(rest):
-        say(f"downloading {remote.public(rest)}")
+    if is_address(rest):
+        say(f"downloading {public(rest)}")
         with remote.fetched(rest, folder, alone) as archive:
-            classes, splits = images.read_tree(archive, remote.public(rest))
+            classes, splits = images.read_tree(archive, public(rest))
     else:
         say(f"reading the pictures of {rest}")
         classes, splits = images.read_tree(Path(rest))
@@ -179,6 +175,6 @@ def _identity(source: str) -> str:
     An address comes without its credentials.
     """
     kind, _, rest = source.partition(":")
-    if kind == "imagefolder" and remote.is_address(rest):
-        return f"imagefolder:{remote.public(rest)}"
+    if kind == "imagefolder" and is_address(rest):
+        return f"imagefolder:{public(rest)}"
     return f"imagefolder:{Path(rest).resolve()}" if kind == "imagefolder" else source

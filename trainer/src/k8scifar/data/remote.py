@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import http.client
 import os
 import re
 import ssl
-import sys
 import tempfile
 import time
 import urllib.error
@@ -23,8 +21,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
+from k8scifar.address import public
+from k8scifar.console import say
 from k8scifar.errors import TrainingError, UserError
 
 PREFIX = ".archive-"
@@ -36,7 +36,6 @@ STILL = 5  # failures in a row that bring no byte
 TRIES = 20  # failures in all
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 SAY_SECONDS = 5.0
-SECRET = re.compile(r"sig|token|key|secret|pass|cred|auth|expire|policy|^x-(amz|goog)-|^s[a-z]$|^se$", re.I)
 INSTALL = "pip install 'k8scifar[remote]' (from a checkout: pip install -e 'trainer[remote]'; in the image: make image "
 
 
@@ -55,22 +54,6 @@ class Reply:
 
 
 Ask = Callable[[int, str], Reply]  # (first byte wanted, mark of what is there already) -> reply
-
-
-def is_address(text: str) -> bool:
-    """Whether `text` is an address rather than a path."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
-
-
-def public(address: str) -> str:
-    """`address` without user, password, signatures and tokens, as logs and the manifest may show it.
-
-    What else its query holds is kept as a short digest: it may be what tells two archives apart.
-    """
-    parts = urlsplit(address)
-    rest = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not SECRET.search(pair[0])]
-    query = hashlib.sha256(repr(rest).encode()).hexdigest()[:8] if rest else ""
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
 
 
 @contextlib.contextmanager
@@ -107,7 +90,7 @@ def _download(ask: Ask, file: BinaryIO, name: str) -> None:
             reply = ask(have, mark)
             if reply.start != have or (have and (reply.mark, reply.total) != (mark, total)):
                 if have:
-                    _say(f"the server begins {name} again from its start")
+                    say(f"the server begins {name} again from its start")
                 file.seek(0)
                 file.truncate()
                 if reply.start:
@@ -126,9 +109,9 @@ def _download(ask: Ask, file: BinaryIO, name: str) -> None:
                 raise TrainingError(
                     f"the download of {name} failed {failures} times ({broken}); try again, or take it from elsewhere"
                 ) from None
-            _say(f"the download of {name} broke off ({broken}); trying again")
+            say(f"the download of {name} broke off ({broken}); trying again")
             time.sleep(PAUSES[min(still, len(PAUSES) - 1)])
-    _say(f"downloaded {name}: {total / 1e6:.1f} MB in {time.monotonic() - started:.0f} s")
+    say(f"downloaded {name}: {total / 1e6:.1f} MB in {time.monotonic() - started:.0f} s")
 
 
 def _http(address: str) -> Ask:
@@ -284,8 +267,4 @@ class _Progress:
     def show(self, have: int, total: int) -> None:
         if time.monotonic() - self._said >= SAY_SECONDS:
             self._said = time.monotonic()
-            _say(f"{self._name}: {have / 1e6:.1f} of {total / 1e6:.1f} MB ({have / max(total, 1):.0%})")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+            say(f"{self._name}: {have / 1e6:.1f} of {total / 1e6:.1f} MB ({have / max(total, 1):.0%})")
