@@ -60,7 +60,8 @@ def _step(found: dict) -> float:
 
 def _start(pair, options: Options, mode: str, together: bool) -> dict:
     """Train on both hosts, `together` or each for itself; what rank 0 (the slower one) found."""
-    batch, steps = (4, 5) if options.tiny else (125, 18 if mode in ("local-sgd", "powersgd") else 10)
+    # One more step than there are between two averagings of local SGD, as many as `auto` may take.
+    batch, steps = (4, 5) if options.tiny else (125, 33 if mode in ("local-sgd", "auto") else 10)
     ranks = 2 if together else 1
     values = {"global_batch": ranks * batch, "micro_batch": batch, "resolution": "[{until: 1.0, pixels: 16}]"}
     values |= {"distributed__comm": mode, "hardware__threads": 1}

@@ -1,8 +1,10 @@
 """One rank of test_comm.py, under torchrun: several trainings one after the other, to import torch only once.
 
-Arguments: a JSON file of trainings, each {"port", "arguments", "cut"}. With "cut": {"from", "to", "step"} rank 0 first
-copies a finished run's folder as a crash would leave it after that step. Each rank's hash of its own weights at the end
-of each epoch and of the run is added to hashes.RANK beside the file.
+Arguments: a JSON file of trainings, each {"port", "arguments", "cut", "slow"}. With "slow" the ranks believe that each
+has a host of its own, and, once they have measured the wire, that it is a slow one. With "cut": {"from", "to", "step"}
+rank 0 first copies a finished run's folder as a crash would leave it after that step. Each rank's hash of its own
+weights at the end of each epoch and of the run, and after each averaging of local SGD, is added to hashes.RANK beside
+the file.
 """
 
 from __future__ import annotations
@@ -14,21 +16,48 @@ import shutil
 import sys
 from pathlib import Path
 
-from k8scifar import checkpoint
+from k8scifar import checkpoint, wire
 from k8scifar.cli import main
+from k8scifar.comm import LocalSGD
 from k8scifar.session import Session
 
 
-def hashed(method):
-    """`method` of Session, which also writes down what this rank's weights are."""
+def note(parameters, label: str) -> None:
+    """Write down what this rank's weights are."""
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        digest.update(parameter.detach().contiguous().numpy().tobytes())
+    with open(HASHES, "a") as file:
+        file.write(f"{label} {digest.hexdigest()}\n")
+
+
+def noted(method):
+    """`method` of Session, which also notes the weights."""
 
     def wrapper(session, *arguments):
-        digest = hashlib.sha256()
-        for parameter in session.state.net.parameters():
-            digest.update(parameter.detach().contiguous().numpy().tobytes())
-        with open(HASHES, "a") as file:
-            file.write(f"{session.config.name} {session.state.step} {digest.hexdigest()}\n")
+        note(session.state.net.parameters(), f"{session.config.name} {session.state.step}")
         return method(session, *arguments)
+
+    return wrapper
+
+
+def noted_when_averaged(method):
+    """`method` of LocalSGD, which also notes the weights afterwards."""
+
+    def wrapper(mode):
+        method(mode)
+        note(mode._parameters, "averaged within-an-epoch")
+
+    return wrapper
+
+
+def slow(measure):
+    """`measure` of wire, done for real, its outcome put aside."""
+
+    def wrapper(*arguments):
+        found = measure(*arguments)
+        assert min(found.gradients, found.rounded, found.compute) > 0.0
+        return wire.Times(gradients=4.0, rounded=2.0, compute=1.0, exposed=4.0)
 
     return wrapper
 
@@ -47,6 +76,7 @@ def run(plan: Path, rank: str) -> int:
     for training in json.loads(plan.read_text()):
         if rank == "0" and training["cut"]:
             cut(Path(training["cut"]["from"]), Path(training["cut"]["to"]), training["cut"]["step"])
+        os.environ["LOCAL_WORLD_SIZE"] = "1" if training["slow"] else os.environ["WORLD_SIZE"]
         os.environ["MASTER_PORT"] = str(training["port"])
         if code := main(["train", *training["arguments"]]):
             return code
@@ -55,7 +85,8 @@ def run(plan: Path, rank: str) -> int:
 
 if __name__ == "__main__":
     HASHES = Path(sys.argv[1]).with_name(f"hashes.{os.environ['RANK']}")
-    Session.finish_epoch = hashed(Session.finish_epoch)
-    Session.complete = hashed(Session.complete)
+    Session.finish_epoch, Session.complete = noted(Session.finish_epoch), noted(Session.complete)
+    wire.measure = slow(wire.measure)
+    LocalSGD._average_movement = noted_when_averaged(LocalSGD._average_movement)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     sys.exit(run(Path(sys.argv[1]), os.environ["RANK"]))

@@ -20,7 +20,7 @@ from k8scifar.config import Config
 from k8scifar.errors import UserError
 from k8scifar.pulse import Pulse
 from k8scifar.state import check_resumable
-from k8scifar.wire import Times
+from k8scifar.wire import Choice, Times
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(folder: Path, data: Path, trainings: list[dict], ranks: int = 2):
-    """Run the trainings (keys: name, sets, cut) in the same ranks; returns the finished torchrun."""
+    """Run the trainings (keys: name, sets, cut, slow) in the same ranks; returns the finished torchrun."""
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     plan = []
     for port, training in zip(free_ports(len(trainings)), trainings, strict=True):
@@ -51,6 +51,7 @@ def start(folder: Path, data: Path, trainings: list[dict], ranks: int = 2):
         if cut:
             cut = {"from": str(folder / cut), "to": str(folder / training["name"]), "step": CUT_AT}
         plan.append({"port": port, "arguments": [*paths, "--name", training["name"], *sets], "cut": cut})
+        plan[-1]["slow"] = training.get("slow", False)
     (folder / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return run([*command, str(Path(__file__).with_name("comm_ranks.py")), str(folder / "plan.json")], timeout=280)
@@ -68,6 +69,13 @@ def trained(tmp_path_factory, tiny_data):
         if mode != "fp16":  # the same code as bf16's
             sets += ["checkpoint.every_steps=5", "log.tensorboard=false"]
             trainings.append({"name": f"{mode}-resumed", "sets": sets, "cut": mode})
+    sets = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "log.tensorboard=false"]
+    few = [*sets, "distributed.local_sgd_steps=1"]  # `auto` makes it 4
+    trainings += [
+        {"name": "auto", "sets": [*few, f"checkpoint.every_steps={CUT_AT}"], "slow": True},
+        {"name": "auto-resumed", "sets": few, "cut": "auto", "slow": True},
+        {"name": "asked-for", "sets": [*sets, "distributed.comm=local-sgd", "distributed.local_sgd_steps=4"]},
+    ]
     done = start(folder, tiny_data, trainings)
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
@@ -82,13 +90,22 @@ def test_resumed_within_an_epoch_equals_undisturbed_bit_for_bit(trained, mode):
     assert re.search(rf"communication: {mode}[^;]*; as distributed.comm says", said)
 
 
+def test_choice_of_auto_is_kept_and_measuring_changes_nothing(trained):
+    folder, said = trained
+    assert re.search(r"communication: local-sgd, averaged each 4 steps; an all-reduce .*predicted", said)
+    assert "communication: local-sgd, averaged each 4 steps; kept from the checkpoint" in said
+    assert weights_hash(folder / "auto") == weights_hash(folder / "asked-for")
+    assert weights_hash(folder / "auto-resumed") == weights_hash(folder / "asked-for")
+
+
 def test_replicas_are_bit_identical_and_the_modes_differ(trained):
     folder, _ = trained
     ranks = [(folder / f"hashes.{rank}").read_text().splitlines() for rank in range(2)]
     assert ranks[0] == ranks[1]
+    assert any(line.startswith("averaged ") for line in ranks[0]), "local SGD within an epoch"
     last = {line.split()[0]: line.split()[2] for line in ranks[0] if line.split()[1] == "6"}
-    assert len(last) == 2 * len(MODES) - 1
-    assert len(set(last.values())) == len(MODES)
+    assert len(last) == 2 * len(MODES) + 2
+    assert len(set(last.values())) == len(MODES) + 1
 
 
 def test_checkpoint_holds_what_each_mode_carries(trained):
@@ -132,17 +149,17 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(trained, tiny_data, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("times", "mode"),
+    ("times", "choice"),
     [
-        (Times(gradients=0.1, latency=0.0005, compute=1.0, memory=0.01), "allreduce"),
-        (Times(gradients=0.9, latency=0.0005, compute=1.0, memory=0.001), "bf16"),
-        (Times(gradients=4.0, latency=0.001, compute=1.0, memory=0.01), "local-sgd"),
-        (Times(gradients=1.0, latency=0.5, compute=0.2, memory=0.001), "local-sgd"),
+        (Times(gradients=0.1, rounded=0.1, compute=1.0, exposed=0.1), Choice("allreduce", 8)),
+        (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.2), Choice("bf16", 8)),
+        (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.9), Choice("local-sgd", 8)),
+        (Times(gradients=4.0, rounded=2.0, compute=1.0, exposed=3.8), Choice("local-sgd", 32)),
+        (Times(gradients=40.0, rounded=20.0, compute=1.0, exposed=39.0), Choice("local-sgd", 32)),
     ],
 )
-def test_auto_takes_the_most_exact_mode_that_the_wire_can_bear(times, mode):
-    config = Config()
-    assert wire.best(times, wire.predict(times, config)) == mode
+def test_auto_takes_the_most_exact_way_that_the_wire_can_bear(times, choice):
+    assert wire.best(times, wire.predict(times, 8)) == choice
 
 
 def test_powersgd_of_full_rank_is_exact_and_of_low_rank_loses_nothing_for_good(tmp_path):

@@ -58,8 +58,8 @@ class AllReduce:
         return {"mode": self.name, "shared": [tensor.cpu().clone() for tensor in self._shared()], "own": rows}
 
     @torch.no_grad()
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Take over a snapshot, the optimiser's being there already; one of another mode is left alone.
+    def restore(self, saved: dict[str, Any]) -> bool:
+        """Take over a snapshot, weights and optimiser being there already; False where it is another mode's.
 
         After a change of the world size each rank takes the mean of the former ranks' rows.
         """
@@ -67,20 +67,18 @@ class AllReduce:
         width = sum(tensor.numel() for tensor in own)
         same = [tensor.shape for tensor in shared] == [tensor.shape for tensor in saved["shared"]]
         if saved["mode"] != self.name or not same or width != (0 if rows is None else rows.shape[1]):
-            return  # other settings, which the user has accepted
+            return False  # other settings, which the user has accepted
         for tensor, values in zip(shared, saved["shared"], strict=True):
             tensor.copy_(values)
         if rows is not None:
             row = rows[self._world.rank] if len(rows) == self._world.size else rows.mean(0)
             spread(row, own)
-
-    def _weights(self) -> list[torch.Tensor]:
-        """The weights, and their moving average where there is one."""
-        return [*self._parameters, *(self._average.tensors if self._average else [])]
+        return True
 
     def _average_weights(self) -> None:
-        """Replace the weights by their mean over the ranks, in as few bytes as they have; collective."""
-        average(self._weights(), self._world, torch.float32)
+        """Replace the weights, and their moving average, by their mean over the ranks, float32; collective."""
+        averages = self._average.tensors if self._average else []
+        average([*self._parameters, *averages], self._world, torch.float32)
 
     def _shared(self) -> list[torch.Tensor]:
         """What is carried from step to step, and equal on all ranks."""
@@ -213,18 +211,31 @@ class PowerSGD(AllReduce):
 class LocalSGD(AllReduce):
     """Each rank steps on its own gradients; every few steps, and at the end of each epoch, the weights are averaged.
 
-    The averagings depend on the step alone, never on when a checkpoint is taken, so a checkpoint between two of them
-    holds every rank's own weights. The momentum stays each rank's own.
+    Within an epoch the ranks send how far they have moved since the last averaging, rounded to bfloat16: half the
+    bytes, and an error of 2^-9 of the movement. At the end of an epoch they send the weights whole, and their moving
+    average (which is linear in the weights: averaging it more often would come to the same). The averagings depend on
+    the step alone, never on when a checkpoint is taken, so a checkpoint between two of them holds every rank's own
+    weights. The momentum stays each rank's own.
 
     Source: Lin, Stich, Patel, Jaggi, Don't Use Large Mini-Batches, Use Local SGD (2018).
     """
 
     name = "local-sgd"
 
-    def __init__(self, config: Config, *parts: Any) -> None:
-        super().__init__(config, *parts)
-        self._every = config.distributed.local_sgd_steps
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        ddp: DistributedDataParallel,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+        every: int,
+    ) -> None:
+        super().__init__(config, world, ddp, optimizer, average)
+        self._every = every
+        self._anchors = [parameter.detach().clone() for parameter in self._parameters]  # the weights last agreed upon
         self._equal = True  # whether all ranks hold equal weights now
+        self._epoch_ended = True  # whether they hold equal moving averages, too
 
     @property
     def network(self) -> nn.Module:
@@ -236,20 +247,47 @@ class LocalSGD(AllReduce):
 
     @torch.no_grad()
     def after_step(self, steps_in_epoch: int, epoch_ends: bool) -> None:
-        self._equal = epoch_ends or steps_in_epoch % self._every == 0
-        if self._equal:
+        self._equal, self._epoch_ended = epoch_ends or steps_in_epoch % self._every == 0, epoch_ends
+        if epoch_ends:
             self._average_weights()
+            torch._foreach_copy_(self._anchors, self._parameters)
+        elif self._equal:
+            self._average_movement()
+
+    def _average_movement(self) -> None:
+        """Replace the weights by the mean over the ranks, to bfloat16's precision of what they moved; collective."""
+        moved = torch._foreach_sub(self._parameters, self._anchors)
+        torch._foreach_div_(moved, self._world.size)
+        flat = torch.cat([_as_stored(tensor).to(torch.bfloat16) for tensor in moved])
+        self._world.pulse.arrive()
+        dist.all_reduce(flat)
+        for anchor, mean in zip(self._anchors, flat.split([tensor.numel() for tensor in moved]), strict=True):
+            _as_stored(anchor).add_(mean)
+        torch._foreach_copy_(self._parameters, self._anchors)
 
     def snapshot(self) -> dict[str, Any]:
-        return super().snapshot() | {"equal": self._equal}
+        return super().snapshot() | {"every": self._every, "equal": self._equal, "epoch_ended": self._epoch_ended}
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        self._equal = saved.get("equal", True)  # so that _own lists what was saved
-        super().restore(saved)
+    @torch.no_grad()
+    def restore(self, saved: dict[str, Any]) -> bool:
+        self._equal, self._epoch_ended = saved.get("equal", True), saved.get("epoch_ended", True)  # what _own lists
+        taken = super().restore(saved)
+        if self._equal or not taken:
+            torch._foreach_copy_(self._anchors, self._parameters)
+            self._equal = True
+        return taken
+
+    def _shared(self) -> list[torch.Tensor]:
+        return [] if self._equal else self._anchors
 
     def _own(self) -> list[torch.Tensor]:
         momenta = [self._optimizer.state[parameter].get("momentum_buffer") for parameter in self._parameters]
-        return [momentum for momentum in momenta if momentum is not None] + ([] if self._equal else self._weights())
+        own = [momentum for momentum in momenta if momentum is not None]
+        if not self._equal:
+            own += self._parameters
+        if self._average and not self._epoch_ended:
+            own += self._average.tensors
+        return own
 
 
 KINDS = {kind.name: kind for kind in (AllReduce, BFloat16, Float16, PowerSGD, LocalSGD)}  # the most exact first
@@ -261,6 +299,11 @@ def pays(parameter: torch.Tensor, rank: int) -> bool:
         return False
     rows, columns = len(parameter), parameter.numel() // len(parameter)
     return 2 * rank * (rows + columns) < rows * columns
+
+
+def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor's values in the order in which memory holds them: a view, whatever the memory format."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _collect(row: torch.Tensor, world: World) -> torch.Tensor:

@@ -156,7 +156,7 @@ class Distributed(_Section):
     powersgd_rank: int = Field(4, ge=1, le=64)
     """Rank of PowerSGD's matrices: more is more exact, and more bytes."""
     local_sgd_steps: int = Field(8, ge=1, le=10000)
-    """Steps between two averagings of local SGD."""
+    """Steps between two averagings of local SGD; on a very slow wire `auto` takes up to four times as many."""
 
 
 class Hardware(_Section):

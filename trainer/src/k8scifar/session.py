@@ -217,17 +217,17 @@ class Session:
         """Settle how the ranks communicate, before the state is restored; collective. Returns why it is so."""
         config, world, state, step = self.config, self.world, self.state, payload["step"] if payload else 0
         same_size = payload and payload["world_size"] == world.size
-        kept = payload["comm"]["mode"] if same_size and "comm" in payload else None
+        kept = payload["comm"] if same_size and "comm" in payload else None
 
         def measure() -> wire.Times:
             count = config.global_batch // config.micro_batch // world.size
             samples = torch.arange(config.micro_batch, device=world.device) % len(self.train_pictures)
             pictures = self.train_pictures.plain(samples, self.plan.pixels(step))
             labels = self.train_pictures.labels[samples]
-            return wire.measure(state.ddp.module, pictures, labels, count, self.precision, world)
+            return wire.measure(state.ddp, pictures, labels, count, self.precision, world)
 
-        mode, why = wire.choose(config, world, kept, state.net, measure)
-        state.communicate(mode)
+        choice, why = wire.choose(config, world, kept, model.parameters(state.net), measure)
+        state.communicate(choice.mode, choice.every)
         return why
 
     def _record(self, record: dict[str, Any]) -> None:

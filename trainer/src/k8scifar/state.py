@@ -62,11 +62,14 @@ class State:
         exact = comm.AllReduce(config, world, ddp, optimizer, average)
         return cls(config, manifest, world, net, ddp, optimizer, average, model.norms(net), sums, exact)
 
-    def communicate(self, mode: str) -> None:
-        """Choose how the ranks communicate, before the first step and before `restore`; at most once."""
+    def communicate(self, mode: str, every: int) -> None:
+        """Choose how the ranks communicate, before the first step and before `restore`; at most once.
+
+        `every`: steps between two averagings of local SGD.
+        """
         if self.world.size > 1:
-            kind = comm.KINDS[mode]
-            self.comm = kind(self.config, self.world, self.ddp, self.optimizer, self.average)
+            parts = self.config, self.world, self.ddp, self.optimizer, self.average
+            self.comm = comm.LocalSGD(*parts, every) if mode == comm.LocalSGD.name else comm.KINDS[mode](*parts)
 
     def local(self) -> torch.Tensor:
         """What differs between the ranks within an epoch, float64 [n]: running statistics and sums."""

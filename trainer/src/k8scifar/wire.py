@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config import Config
 from k8scifar.parallel import World
 
-GOOD = 0.95  # of the step's time is computation: the first mode that promises it is taken, the most exact first
-HIDDEN = 0.5  # of forward and backward can hide the gradients' way: what is ready first is most of it
-EXPOSED = 0.1  # of the way cannot be hidden: the last bucket is ready when the backward pass is over
-PATIENCE = 1.0  # seconds; an all-reduce of the gradients that takes longer is not repeated
+GOOD = 0.9  # of the step's time is computation: the first choice that promises it is taken, the most exact first
+STRETCH = (1, 2, 4)  # times distributed.local_sgd_steps between two averagings
+PATIENCE = 1.0  # seconds; a trial of the wire that takes longer is not repeated
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mode of comm.KINDS, and the steps between two averagings of local SGD."""
+
+    mode: str
+    every: int
+
+    def __str__(self) -> str:
+        return f"{self.mode} each {self.every} steps" if self.mode == "local-sgd" else self.mode
 
 
 @dataclass(frozen=True)
@@ -30,93 +41,104 @@ class Times:
     """Seconds, of the slowest rank."""
 
     gradients: float  # an all-reduce of all gradients, float32
-    latency: float  # an all-reduce of one number
-    compute: float  # forward and backward of a step
-    memory: float  # adding one buffer of the gradients' size to another
+    rounded: float  # the same in bfloat16, rounding and return included
+    compute: float  # forward and backward of a step, nothing sent
+    exposed: float  # what the float32 all-reduce, bucket by bucket beside the backward pass, adds to that
 
 
 def choose(
-    config: Config, world: World, kept: str | None, net: nn.Module, measure: Callable[[], Times]
-) -> tuple[str, str]:
-    """The mode and why, the same on all ranks; collective.
+    config: Config, world: World, kept: dict[str, Any] | None, parameters: int, measure: Callable[[], Times]
+) -> tuple[Choice, str]:
+    """How to communicate and why, the same on all ranks; collective.
 
     Args:
-        kept: the mode of the checkpoint that is resumed, if that is of this world size.
+        kept: what the checkpoint that is resumed says of it, if that is of this world size.
         measure: called where neither the configuration nor the checkpoint nor the ranks' places decide.
     """
-    wanted = config.distributed.comm
+    wanted, every = config.distributed.comm, config.distributed.local_sgd_steps
     if wanted != "auto":
-        return wanted, "as distributed.comm says"
+        return Choice(wanted, every), "as distributed.comm says"
     if world.size == 1:
-        return "allreduce", "one rank"
+        return Choice("allreduce", every), "one rank"
     if kept:
-        return kept, "kept from the checkpoint, not measured again"
+        return Choice(kept["mode"], kept.get("every", every)), "kept from the checkpoint, not measured again"
     if world.local_size == world.size:
-        return "allreduce", "all ranks are on one machine"
+        return Choice("allreduce", every), "all ranks are on one machine"
     times = measure()
-    steps = predict(times, config)
-    mode = torch.tensor([list(steps).index(best(times, steps))])
-    dist.broadcast(mode, 0, group=world.host_group)
-    megabytes = 4e-6 * sum(parameter.numel() for parameter in net.parameters())
-    told = ", ".join(f"{name} {seconds:.2f}" for name, seconds in steps.items())
+    steps = predict(times, every)
+    index = torch.tensor([list(steps).index(best(times, steps))])
+    dist.broadcast(index, 0, group=world.host_group)
+    told = ", ".join(f"{choice} {seconds:.2f}" for choice, seconds in steps.items())
     why = (
-        f"an all-reduce of the gradients ({megabytes:.1f} MB) takes {times.gradients:.2f} s, of one number "
-        f"{1000 * times.latency:.1f} ms, forward and backward {times.compute:.2f} s; predicted seconds a step: {told}"
+        f"an all-reduce of the gradients ({4e-6 * parameters:.1f} MB) takes {times.gradients:.2f} s, rounded "
+        f"{times.rounded:.2f} s; forward and backward take {times.compute:.2f} s, with the all-reduce beside them "
+        f"{times.compute + times.exposed:.2f} s; predicted seconds a step: {told}"
     )
-    return list(steps)[mode.item()], why
+    return list(steps)[index.item()], why
 
 
-def predict(times: Times, config: Config) -> dict[str, float]:
-    """Seconds a step in each mode, the optimiser left out; not in powersgd, which costs accuracy: a user's choice."""
-    wire = max(times.gradients - times.latency, 0.0)
+def predict(times: Times, every: int) -> dict[Choice, float]:
+    """Seconds a step of each choice, the optimiser left out; not in powersgd, which costs accuracy: a user's choice.
 
-    def step(way: float, work: float = 0.0) -> float:
-        return times.compute + work + max(EXPOSED * way, way - HIDDEN * times.compute)
+    `every`: fewest steps between two averagings of local SGD.
+    """
+    hidden = max(times.gradients - times.exposed, 0.0)
+    share = min(times.exposed / times.gradients, 1.0)  # what is not hidden: where cores are few, gloo's own work
+    rounded = max(times.rounded - hidden, share * times.rounded)
+    seconds = {Choice("allreduce", every): times.exposed, Choice("bf16", every): rounded}
+    for stretch in STRETCH:
+        seconds[Choice("local-sgd", stretch * every)] = times.rounded / (stretch * every)
+    return {choice: times.compute + extra for choice, extra in seconds.items()}
 
-    return {
-        "allreduce": step(wire + times.latency),
-        "bf16": step(wire / 2 + times.latency, 2 * times.memory),
-        "local-sgd": times.compute + (times.gradients + 2 * times.memory) / config.distributed.local_sgd_steps,
-    }
 
-
-def best(times: Times, steps: dict[str, float]) -> str:
-    """The most exact mode that wastes little, or else the fastest."""
-    for name, seconds in steps.items():
+def best(times: Times, steps: dict[Choice, float]) -> Choice:
+    """The most exact choice that wastes little, or else the fastest."""
+    for choice, seconds in steps.items():
         if times.compute >= GOOD * seconds:
-            return name
+            return choice
     return min(steps, key=steps.__getitem__)
 
 
 def measure(
-    net: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, micro_batches: int, precision: str, world: World
+    ddp: DistributedDataParallel,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    micro_batches: int,
+    precision: str,
+    world: World,
 ) -> Times:
-    """Time the wire and a step of `micro_batches` batches like this one; collective. Changes nothing of `net`."""
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    """Time the wire and a step of `micro_batches` batches like this one; collective. Leaves the network as it was."""
+    buffers = [(buffer, buffer.clone()) for buffer in ddp.buffers()]
 
-    def step() -> None:
+    def step(net: nn.Module) -> None:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = net(inputs)
         F.cross_entropy(logits.float(), labels).backward()
 
-    step()  # the first is slower
-    compute = micro_batches * _seconds(step, world)
+    step(ddp.module)  # the first is slower
+    compute = _slowest(min(_seconds(lambda: step(ddp.module), world) for _ in range(2)), world)
+    beside = _repeated(lambda: step(ddp), world, compute)
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)
-    for parameter in net.parameters():
-        if parameter.grad is not None:
-            parameter.grad.zero_()
-    flat = torch.zeros(sum(parameter.numel() for parameter in net.parameters()), device=world.device)
-    one = torch.zeros(1, device=world.device)
-    other = torch.zeros_like(flat)
-    memory = min(_seconds(lambda: flat.add_(other), world) for _ in range(3))
-    latency = min(_seconds(lambda: dist.all_reduce(one), world) for _ in range(10))
-    gradients = _slowest(_seconds(lambda: dist.all_reduce(flat), world), world)
-    if gradients < PATIENCE:
-        gradients = min(gradients, *(_seconds(lambda: dist.all_reduce(flat), world) for _ in range(3)))
-    mine = Times(gradients, latency, compute, memory)
-    return Times(*(_slowest(value, world) for value in astuple(mine)))
+    ddp.zero_grad(set_to_none=False)
+    flat = torch.zeros(sum(parameter.numel() for parameter in ddp.parameters()), device=world.device)
+
+    def rounded() -> None:
+        small = flat.bfloat16()
+        dist.all_reduce(small)
+        flat.copy_(small)
+
+    gradients = _repeated(lambda: dist.all_reduce(flat), world)
+    return Times(gradients, _repeated(rounded, world), micro_batches * compute, max(beside - compute, 0.0))
+
+
+def _repeated(work: Callable[[], Any], world: World, known: float = 0.0) -> float:
+    """Seconds of the slowest rank; the least of three trials unless the first takes PATIENCE more than `known`."""
+    first = _slowest(_seconds(work, world), world)
+    if first > PATIENCE + known:
+        return first
+    return min(first, *(_slowest(_seconds(work, world), world) for _ in range(2)))
 
 
 def _seconds(work: Callable[[], Any], world: World) -> float:
