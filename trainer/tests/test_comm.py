@@ -70,11 +70,14 @@ def trained(tmp_path_factory, tiny_data):
             sets += ["checkpoint.every_steps=5", "log.tensorboard=false"]
             trainings.append({"name": f"{mode}-resumed", "sets": sets, "cut": mode})
     sets = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "log.tensorboard=false"]
-    few = [*sets, "distributed.local_sgd_steps=1"]  # `auto` makes it 4
+    few = [*sets, "distributed.local_sgd_steps=1", "optimizer.name=muon"]  # `auto` makes it 4
+    shared = [*sets, "optimizer.name=muon", f"checkpoint.every_steps={CUT_AT}"]
     trainings += [
         {"name": "auto", "sets": [*few, f"checkpoint.every_steps={CUT_AT}"], "slow": True},
         {"name": "auto-resumed", "sets": few, "cut": "auto", "slow": True},
-        {"name": "asked-for", "sets": [*sets, "distributed.comm=local-sgd", "distributed.local_sgd_steps=4"]},
+        {"name": "asked-for", "sets": [*few, "distributed.comm=local-sgd", "distributed.local_sgd_steps=4"]},
+        {"name": "muon", "sets": shared},
+        {"name": "muon-resumed", "sets": shared, "cut": "muon"},
     ]
     done = start(folder, tiny_data, trainings)
     assert done.returncode == 0, done.stderr
@@ -88,6 +91,13 @@ def test_resumed_within_an_epoch_equals_undisturbed_bit_for_bit(trained, mode):
     assert json.loads((folder / mode / "summary.json").read_text())["identity"]["distributed.comm"] == mode
     assert f"resuming at step {CUT_AT}" in said
     assert re.search(rf"communication: {mode}[^;]*; as distributed.comm says", said)
+
+
+def test_muon_resumes_bit_for_bit(trained):
+    folder, _ = trained
+    assert weights_hash(folder / "muon-resumed") == weights_hash(folder / "muon")
+    saved = [checkpoint.load(path) for path in (folder / "muon" / "checkpoints").glob(f"step-{CUT_AT:08d}-*.pt")]
+    assert len(saved[0]["optimizer"]["state"]) == 62, "every parameter has a momentum"
 
 
 def test_choice_of_auto_is_kept_and_measuring_changes_nothing(trained):
@@ -104,8 +114,8 @@ def test_replicas_are_bit_identical_and_the_modes_differ(trained):
     assert ranks[0] == ranks[1]
     assert any(line.startswith("averaged ") for line in ranks[0]), "local SGD within an epoch"
     last = {line.split()[0]: line.split()[2] for line in ranks[0] if line.split()[1] == "6"}
-    assert len(last) == 2 * len(MODES) + 2
-    assert len(set(last.values())) == len(MODES) + 1
+    assert len(last) == 2 * len(MODES) + 4
+    assert len(set(last.values())) == len(MODES) + 2
 
 
 def test_checkpoint_holds_what_each_mode_carries(trained):
@@ -151,15 +161,17 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(trained, tiny_data, tmp_path,
 @pytest.mark.parametrize(
     ("times", "choice"),
     [
-        (Times(gradients=0.1, rounded=0.1, compute=1.0, exposed=0.1), Choice("allreduce", 8)),
-        (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.2), Choice("bf16", 8)),
+        (Times(gradients=0.1, rounded=0.1, compute=1.0, exposed=0.04), Choice("allreduce", 8)),
+        (Times(gradients=0.9, rounded=0.3, compute=1.0, exposed=0.1), Choice("bf16", 8)),
         (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.9), Choice("local-sgd", 8)),
         (Times(gradients=4.0, rounded=2.0, compute=1.0, exposed=3.8), Choice("local-sgd", 32)),
         (Times(gradients=40.0, rounded=20.0, compute=1.0, exposed=39.0), Choice("local-sgd", 32)),
+        (Times(gradients=0.02, rounded=0.02, compute=1.0, exposed=0.02, updates=0.4), Choice("allreduce", 8)),
+        (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.2, updates=0.4), Choice("local-sgd", 8)),
     ],
 )
 def test_auto_takes_the_most_exact_way_that_the_wire_can_bear(times, choice):
-    assert wire.best(times, wire.predict(times, 8)) == choice
+    assert wire.best(wire.predict(times, 8, ranks=2)) == choice
 
 
 def test_powersgd_of_full_rank_is_exact_and_of_low_rank_loses_nothing_for_good(tmp_path):

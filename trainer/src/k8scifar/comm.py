@@ -7,6 +7,7 @@ once, what is each rank's own a row a rank.
 """
 
 # No `from __future__ import annotations`: DistributedDataParallel reads a hook's annotations, not their text.
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config import Config
+from k8scifar.muon import Muon
 from k8scifar.optim import WeightAverage
 from k8scifar.parallel import World, average, spread
 
@@ -23,6 +25,7 @@ class AllReduce:
     """The mean of the float32 gradients, bucket by bucket while the backward pass still runs: DDP's own way."""
 
     name = "allreduce"
+    shares_updates = True  # whether the ranks may divide the optimiser's work: two more bytes a weight and step
 
     def __init__(
         self,
@@ -33,7 +36,10 @@ class AllReduce:
         average: WeightAverage | None,
     ) -> None:
         self._world, self._ddp, self._optimizer, self._average = world, ddp, optimizer, average
+        self.mark: Callable[[str], None] = lambda part: None  # of the step's clock
         self._parameters = [parameter for parameter in ddp.parameters() if parameter.requires_grad]
+        if self.shares_updates and isinstance(optimizer, Muon):
+            optimizer.share(world.rank, world.size, self._add)
 
     @property
     def network(self) -> nn.Module:
@@ -74,6 +80,13 @@ class AllReduce:
             row = rows[self._world.rank] if len(rows) == self._world.size else rows.mean(0)
             spread(row, own)
         return True
+
+    def _add(self, updates: torch.Tensor) -> None:
+        """Replace the optimiser's updates by their sum over the ranks; collective."""
+        self.mark("communication")
+        self._world.pulse.arrive()
+        dist.all_reduce(updates)
+        self.mark("compute")
 
     def _average_weights(self) -> None:
         """Replace the weights, and their moving average, by their mean over the ranks, float32; collective."""
@@ -134,6 +147,7 @@ class PowerSGD(AllReduce):
     """
 
     name = "powersgd"
+    shares_updates = False
 
     def __init__(self, config: Config, world: World, *parts: Any) -> None:
         super().__init__(config, world, *parts)
@@ -221,6 +235,7 @@ class LocalSGD(AllReduce):
     """
 
     name = "local-sgd"
+    shares_updates = False
 
     def __init__(
         self,

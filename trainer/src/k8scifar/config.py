@@ -62,10 +62,14 @@ class Model(_Section):
 
 
 class Optimizer(_Section):
-    """SGD."""
-
+    name: Literal["sgd", "muon"] = "sgd"
+    """`sgd`, or `muon`: the convolutions after the first by Muon, the rest by SGD."""
     lr: float = Field(0.2, gt=0.0, le=100.0)
-    """Peak learning rate."""
+    """Peak learning rate of SGD."""
+    muon_lr: float = Field(0.1, gt=0.0, le=10.0)
+    """Peak learning rate of Muon, of weights whose norm is the square root of their output channels."""
+    muon_iterations: int = Field(5, ge=1, le=10)
+    """Iterations that make a step of Muon orthogonal: more is closer, and dearer."""
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
     """Momentum."""
     nesterov: bool = True

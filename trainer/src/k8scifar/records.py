@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from k8scifar import completion, model, versions
+from k8scifar import completion, model, optim, versions
 from k8scifar.config import COMM, Config
 from k8scifar.console import say
 from k8scifar.data.packed import Manifest, Split
@@ -112,6 +112,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
     """
     figures, last = outcome.figures, state.history[-1]
     flops = sum(count * model.training_flops(state.net, pixels) for pixels, count in plan.pictures_at().items())
+    flops += plan.steps * optim.step_flops(state.optimizer)
     return {
         "accuracy": figures["accuracy"],
         "accuracy_tta": figures.get("accuracy_tta"),

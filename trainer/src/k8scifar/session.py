@@ -48,6 +48,7 @@ class Session:
         self.first_step = self.state.step
         self.agreement = parallel.Agreement(world, ("stop", "save", "bad"))
         self.clock = StepClock(world.device, running=world.leads)
+        self.state.comm.mark = self.clock.mark
         self.progress = Progress(self.plan.steps, self.first_step, config.log.every_seconds, world.leads)
         show = world.leads and config.log.tensorboard
         self.board = Board(self.folder.path if show else None, self.first_step, self.progress.say)
@@ -224,7 +225,7 @@ class Session:
             samples = torch.arange(config.micro_batch, device=world.device) % len(self.train_pictures)
             pictures = self.train_pictures.plain(samples, self.plan.pixels(step))
             labels = self.train_pictures.labels[samples]
-            return wire.measure(state.ddp, pictures, labels, count, self.precision, world)
+            return wire.measure(state.ddp, state.optimizer, pictures, labels, count, self.precision, world)
 
         choice, why = wire.choose(config, world, kept, model.parameters(state.net), measure)
         state.communicate(choice.mode, choice.every)

@@ -33,7 +33,7 @@ class State:
     average: optim.WeightAverage | None
     norms: list[nn.BatchNorm2d]
     sums: torch.Tensor  # float64 [3]: loss, correct, pictures, of this rank in this epoch
-    comm: comm.AllReduce  # the mode in which the ranks communicate
+    comm: comm.AllReduce | None  # the mode in which the ranks communicate, once it is chosen
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
 
@@ -59,16 +59,17 @@ class State:
         average = optim.WeightAverage(net, config.ema.decay) if config.ema.decay else None
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         optimizer = optim.build(net, config)
-        exact = comm.AllReduce(config, world, ddp, optimizer, average)
-        return cls(config, manifest, world, net, ddp, optimizer, average, model.norms(net), sums, exact)
+        return cls(config, manifest, world, net, ddp, optimizer, average, model.norms(net), sums, None)
 
     def communicate(self, mode: str, every: int) -> None:
         """Choose how the ranks communicate, before the first step and before `restore`; at most once.
 
         `every`: steps between two averagings of local SGD.
         """
-        if self.world.size > 1:
-            parts = self.config, self.world, self.ddp, self.optimizer, self.average
+        parts = self.config, self.world, self.ddp, self.optimizer, self.average
+        if self.world.size == 1:
+            self.comm = comm.AllReduce(*parts)
+        else:
             self.comm = comm.LocalSGD(*parts, every) if mode == comm.LocalSGD.name else comm.KINDS[mode](*parts)
 
     def local(self) -> torch.Tensor:

@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config import Config
+from k8scifar.muon import Muon
 from k8scifar.parallel import World
 
-GOOD = 0.9  # of the step's time is computation: the first choice that promises it is taken, the most exact first
+GOOD = 0.95  # of the fastest choice's speed is enough: the most exact choice that promises it is taken
 STRETCH = (1, 2, 4)  # times distributed.local_sgd_steps between two averagings
 PATIENCE = 1.0  # seconds; a trial of the wire that takes longer is not repeated
 
@@ -44,6 +45,7 @@ class Times:
     rounded: float  # the same in bfloat16, rounding and return included
     compute: float  # forward and backward of a step, nothing sent
     exposed: float  # what the float32 all-reduce, bucket by bucket beside the backward pass, adds to that
+    updates: float = 0.0  # Muon's directions of all weights, on one rank
 
 
 def choose(
@@ -65,42 +67,44 @@ def choose(
     if world.local_size == world.size:
         return Choice("allreduce", every), "all ranks are on one machine"
     times = measure()
-    steps = predict(times, every)
-    index = torch.tensor([list(steps).index(best(times, steps))])
+    steps = predict(times, every, world.size)
+    index = torch.tensor([list(steps).index(best(steps))])
     dist.broadcast(index, 0, group=world.host_group)
     told = ", ".join(f"{choice} {seconds:.2f}" for choice, seconds in steps.items())
+    told_updates = f", Muon's directions {times.updates:.2f} s" if times.updates else ""
     why = (
         f"an all-reduce of the gradients ({4e-6 * parameters:.1f} MB) takes {times.gradients:.2f} s, rounded "
         f"{times.rounded:.2f} s; forward and backward take {times.compute:.2f} s, with the all-reduce beside them "
-        f"{times.compute + times.exposed:.2f} s; predicted seconds a step: {told}"
+        f"{times.compute + times.exposed:.2f} s{told_updates}; predicted seconds a step: {told}"
     )
     return list(steps)[index.item()], why
 
 
-def predict(times: Times, every: int) -> dict[Choice, float]:
-    """Seconds a step of each choice, the optimiser left out; not in powersgd, which costs accuracy: a user's choice.
+def predict(times: Times, every: int, ranks: int) -> dict[Choice, float]:
+    """Seconds a step of each choice, SGD left out; not in powersgd, which costs accuracy: a user's choice.
 
     `every`: fewest steps between two averagings of local SGD.
     """
     hidden = max(times.gradients - times.exposed, 0.0)
     share = min(times.exposed / times.gradients, 1.0)  # what is not hidden: where cores are few, gloo's own work
     rounded = max(times.rounded - hidden, share * times.rounded)
-    seconds = {Choice("allreduce", every): times.exposed, Choice("bf16", every): rounded}
+    # Muon's directions are divided among the ranks and exchanged in 16 bits; under local SGD each rank has its own.
+    divided = times.updates / ranks + (times.rounded if times.updates else 0.0)
+    seconds = {Choice("allreduce", every): times.exposed + divided, Choice("bf16", every): rounded + divided}
     for stretch in STRETCH:
-        seconds[Choice("local-sgd", stretch * every)] = times.rounded / (stretch * every)
+        seconds[Choice("local-sgd", stretch * every)] = times.updates + times.rounded / (stretch * every)
     return {choice: times.compute + extra for choice, extra in seconds.items()}
 
 
-def best(times: Times, steps: dict[Choice, float]) -> Choice:
-    """The most exact choice that wastes little, or else the fastest."""
-    for choice, seconds in steps.items():
-        if times.compute >= GOOD * seconds:
-            return choice
-    return min(steps, key=steps.__getitem__)
+def best(steps: dict[Choice, float]) -> Choice:
+    """The most exact choice that is nearly as fast as the fastest."""
+    fastest = min(steps.values())
+    return next(choice for choice, seconds in steps.items() if fastest >= GOOD * seconds)
 
 
 def measure(
     ddp: DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
     inputs: torch.Tensor,
     labels: torch.Tensor,
     micro_batches: int,
@@ -130,7 +134,10 @@ def measure(
         flat.copy_(small)
 
     gradients = _repeated(lambda: dist.all_reduce(flat), world)
-    return Times(gradients, _repeated(rounded, world), micro_batches * compute, max(beside - compute, 0.0))
+    exposed, updates = max(beside - compute, 0.0), 0.0
+    if isinstance(optimizer, Muon):
+        updates = _repeated(optimizer.rehearse, world)
+    return Times(gradients, _repeated(rounded, world), micro_batches * compute, exposed, updates)
 
 
 def _repeated(work: Callable[[], Any], world: World, known: float = 0.0) -> float:

@@ -1,0 +1,120 @@
+"""Muon: its directions are orthogonal, its division among ranks changes nothing, its updates are what is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from k8scifar import model, muon, optim, settings
+from k8scifar.config import Model
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> nn.Module:
+    return model.build(Model(), 10)
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (64, 64), (48, 16)])
+def test_direction_is_near_the_polar_factor(shape):
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = muon.orthogonal(gradient, 5)
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    scale = max(1.0, shape[0] / shape[1]) ** 0.5
+    singular = torch.linalg.svdvals(found) / scale
+    assert singular.max() < 1.3
+    assert singular.median() > 0.6, "of a square matrix the least are lifted by 3.4^5 only"
+    likeness = (found * (left @ right)).sum() / found.norm() / (left @ right).norm()
+    assert likeness > 0.95
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 5])
+def test_iteration_on_the_square_equals_the_one_on_the_matrix(iterations):
+    gradient = torch.randn(24, 96, generator=torch.Generator().manual_seed(2))
+    wanted = gradient / gradient.norm()
+    a, b, c = muon.QUINTIC
+    for _ in range(iterations):
+        square = wanted @ wanted.T
+        wanted = a * wanted + (b * square + c * square @ square) @ wanted
+    torch.testing.assert_close(muon.orthogonal(gradient, iterations), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_zeros_stay_zeros():
+    assert not muon.orthogonal(torch.zeros(4, 8), 5).any()
+
+
+def convolutions() -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(*channels, 3).to(memory_format=torch.channels_last) for channels in ((8, 16), (16, 4), (4, 32))]
+    return [layer.weight for layer in layers]
+
+
+def build(parameters: list[nn.Parameter]) -> muon.Muon:
+    groups = [{"params": parameters, "weight_decay": 0.0, "muon": True, "scale": 0.5}]
+    return muon.Muon(groups, 5, lr=0.2, momentum=0.9, nesterov=True, foreach=True)
+
+
+def test_shared_among_ranks_equals_alone():
+    """Three ranks in turn: what each computes is kept, and their sum is what each of them steps by."""
+    alone, gradients = convolutions(), [torch.randn_like(parameter) for parameter in convolutions()]
+    for parameter, gradient in zip(alone, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    build(alone).step()
+    parts: list[torch.Tensor] = []
+    for rank in range(3):
+        mine = convolutions()
+        for parameter, gradient in zip(mine, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer = build(mine)
+        optimizer.share(rank, 3, lambda flat: parts.append(flat.clone()))
+        optimizer.step()
+    assert all(part.count_nonzero() < part.numel() / 2 + 600 for part in parts), "each computes its part only"
+    together = convolutions()
+    for parameter, gradient in zip(together, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer = build(together)
+    optimizer.share(0, 3, lambda flat: flat.add_(parts[1]).add_(parts[2]))
+    optimizer.step()
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_step_moves_weights_of_fixed_norm_by_the_learning_rate():
+    parameters = convolutions()
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = build(parameters)
+    optim.set_lr(optimizer, 0.04)
+    for parameter in parameters:
+        parameter.data.mul_(len(parameter) ** 0.5 / parameter.norm())
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer.step()
+    for parameter, old in zip(parameters, before, strict=True):
+        rows, columns = muon.matrix(parameter).shape
+        full = min(rows, columns) ** 0.5 * max(1.0, rows / columns) ** 0.5
+        assert 0.02 * full * 0.6 < (parameter - old).norm() < 0.02 * full * 1.3
+
+
+def test_work_is_divided_evenly_and_counted(resnet18):
+    hidden = [layer.weight for layer in resnet18.modules() if isinstance(layer, nn.Conv2d)][1:]
+    costs = [muon.flops(weight, 5) for weight in hidden]
+    for ranks in (1, 2, 4):
+        owners = muon.divide(hidden, 5, ranks)
+        busy = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(ranks)]
+        assert max(busy) < 1.35 * sum(costs) / ranks
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        muon.orthogonal(torch.ones(64, 576), 5)
+    assert counter.get_total_flops() == muon.flops(torch.empty(64, 64, 3, 3), 5)
+
+
+def test_groups_of_a_network(resnet18):
+    config = settings.load(sets=["optimizer.name=muon", "optimizer.lr=0.2", "optimizer.muon_lr=0.1"])
+    optimizer = optim.build(resnet18, config)
+    sgd, hidden = optimizer.param_groups[:2], optimizer.param_groups[2]
+    assert len(hidden["params"]) == 19
+    assert not any(parameter is resnet18.conv1.weight for parameter in hidden["params"])
+    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == 11_173_962
+    optim.set_lr(optimizer, 0.1)
+    assert [group["lr"] for group in [*sgd, hidden]] == [0.1, 0.1, 0.05]
