@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from k8scifar import model, optim, parallel, records, settings
+from k8scifar import memory, model, optim, parallel, records, settings
 from k8scifar.completion import touch_heartbeat
 from k8scifar.console import say
 from k8scifar.data.prepare import require
@@ -33,6 +33,7 @@ class Preempted(Exception):
 def run(args: argparse.Namespace) -> int:
     """`k8scifar train`: one rank."""
     config = settings.from_arguments(args)
+    memory.keep()
     parallel.check_size(config)
     manifest = require(Path(config.data.dir))
     plan = Plan(config, manifest.counts["train"])
