@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 CHUNK = 64  # pictures that get their border together
 _MASK = 0xFFFFFFFF
-FLIP, SHIFT_Y, SHIFT_X, CUT_Y, CUT_X = range(1, 6)  # streams
+PLACE, CUT = 1, 2  # streams: mirror and shift, cutout
 
 
 def _mix(x):
@@ -29,12 +29,20 @@ def scalar_hash(seed: int, epoch: int, stream: int) -> int:
     return _mix((_mix((_mix(seed & _MASK) + epoch) & _MASK) ^ (stream * 0x9E3779B9 & _MASK)) & _MASK)
 
 
-def draw(samples: torch.Tensor, below: int, seed: int, epoch: int, stream: int) -> torch.Tensor:
-    """Integers in [0, below), one for each of `samples` (int64 [n]); int64 [n]."""
-    if below <= 1:
-        return torch.zeros_like(samples)
+def draw(samples: torch.Tensor, seed: int, epoch: int, stream: int) -> torch.Tensor:
+    """32 random bits for each of `samples` (int64 [n]), as int64 [n]."""
     key = scalar_hash(seed, epoch, stream)
-    return (_mix(_mix((samples + key) & _MASK) ^ (key >> 7)) * below) >> 32
+    return _mix(_mix((samples + key) & _MASK) ^ (key >> 7))
+
+
+def high(bits: torch.Tensor, below: int) -> torch.Tensor:
+    """Integers in [0, below) from the upper 16 of 32 bits; uniform to 1 in 65,536 / below."""
+    return ((bits >> 16) * below) >> 16
+
+
+def low(bits: torch.Tensor, below: int) -> torch.Tensor:
+    """Integers in [0, below) from bits 1 to 15; uniform to 1 in 32,768 / below."""
+    return (((bits >> 1) & 0x7FFF) * below) >> 15
 
 
 class Pictures:
@@ -83,15 +91,15 @@ class Pictures:
             float32 [n, 3, pixels, pixels], channels last.
         """
         span, first = 2 * translate + 1, self._border - translate
-        dy = draw(samples, span, seed, epoch, SHIFT_Y) + first
-        dx = draw(samples, span, seed, epoch, SHIFT_X) + first
-        batch = self._crop(samples, dy, dx)
+        bits = draw(samples, seed, epoch, PLACE)  # one hash for all three: on a GPU each operation is a launch
+        batch = self._crop(samples, low(bits, span) + first, high(bits, span) + first)
         if flip:
-            batch = self._mirrored(batch, draw(samples, 2, seed, epoch, FLIP))
+            batch = self._mirrored(batch, bits & 1)
         batch = batch.float()
         if cutout:
-            rows = _inside(draw(samples, self.size - cutout + 1, seed, epoch, CUT_Y), cutout, self.size)
-            columns = _inside(draw(samples, self.size - cutout + 1, seed, epoch, CUT_X), cutout, self.size)
+            bits, places = draw(samples, seed, epoch, CUT), self.size - cutout + 1
+            rows = _inside(low(bits, places), cutout, self.size)
+            columns = _inside(high(bits, places), cutout, self.size)
             cut = rows[:, :, None] & columns.repeat_interleave(3, dim=1)[:, None, :]
             batch = torch.where(cut, self._mean.repeat(self.size), batch)
         return self._finish(batch, pixels)
