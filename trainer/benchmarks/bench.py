@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that rows tidy up behind themselves
     if not args.table:
-        options = Options(args.data.resolve(), float(os.environ.get("BENCH_MINUTES") or 12), args.tiny)
+        options = Options(args.data.resolve(), float(os.environ.get("BENCH_MINUTES") or 10), args.tiny)
         if not (args.data / "manifest.json").exists():
             parser.error(f"{args.data} holds no packed data set; run `k8scifar prepare` first, or give --data")
         for name in args.rows or [row for row in ROWS if row not in LONG and _needs_gpu(row) == args.gpu]:

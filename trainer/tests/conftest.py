@@ -20,7 +20,7 @@ TINY = {
     "micro_batch": 50,
     "model": {"zero_init": True, "whiten": True},
     "resolution": [{"until": 0.5, "pixels": 8}, {"until": 1.0, "pixels": 12}],
-    "optimizer": {"lr": 0.02},
+    "optimizer": {"name": "sgd", "lr": 0.02},
     "evaluation": {"batch": 64, "interim_images": 0},
     "hardware": {"precision": "fp32", "threads": 1},
     "log": {"every_seconds": 0.5, "every_steps": 3},

@@ -23,7 +23,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # of the first source: p(x) = a x + b x^3 +
 class Muon(torch.optim.SGD):
     """SGD, and Muon in the groups that have `muon` set; updates are rounded to bfloat16.
 
-    Where all ranks hold equal gradients, `share` divides the matrices among them.
+    Where all ranks hold equal gradients, `share` divides the matrices among them. Each direction then comes from one
+    rank alone, so the replicas stay bit-identical on unlike processors, too.
 
     Args:
         iterations: of the polynomial.
