@@ -226,3 +226,14 @@ def test_checkpoint_of_another_mode_is_refused(wanted, saved, ranks, refused):
         return
     with pytest.raises(UserError, match=r"distributed\.comm powersgd -> bf16"):
         check_resumable(config, payload, Manifest)
+
+
+def test_period_that_auto_has_chosen_is_not_changed_by_naming_the_mode():
+    old = settings.load().model_dump(mode="json")
+    used = {"mode": "local-sgd", "every": 32}
+    payload = {"data": "data", "step": 5, "config": old, "world_size": 2, "comm": used}
+    check_resumable(settings.load(), payload, Manifest)
+    named = ["distributed.comm=local-sgd"]
+    check_resumable(settings.load(sets=[*named, "distributed.local_sgd_steps=32"]), payload, Manifest)
+    with pytest.raises(UserError, match=r"distributed\.local_sgd_steps 32 -> 8"):
+        check_resumable(settings.load(sets=named), payload, Manifest)

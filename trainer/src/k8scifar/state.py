@@ -171,6 +171,8 @@ def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest)
     saved = flatten(payload["config"])
     if used := payload.get("comm"):
         saved[COMM] = used["mode"] if payload["world_size"] > 1 else "auto"  # one rank communicates in no mode
+        if "every" in used and config.distributed.comm == used["mode"]:  # `auto` may have stretched it
+            saved["distributed.local_sgd_steps"] = used["every"]
     changed = config.differences(saved)
     fixed = [key for key in changed if key.split(".")[0] in FIXED]
     extended = set(changed) <= {"epochs"} and config.epochs > payload["config"]["epochs"]
