@@ -1,7 +1,7 @@
 """One rank of the trainer, its loop untouched, watched for some steps: steps.py OUT STEPS [train's options].
 
 Rank 0 writes OUT: wall-clock times of its stages and steps, of each checkpoint's stall, and, with BENCH_EVALUATE=n and
-BENCH_MINUTES=m, the test accuracy after each n steps (the time for it left out) until m minutes are spent.
+BENCH_MINUTES=m, the test accuracy after each n steps and the last (the time for it left out) until m minutes are spent.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Watch:
     def step(self) -> None:
         """After each optimiser step."""
         self.ended.append(time.time())
-        if self.every and len(self.ended) % self.every == 0:
+        if self.every and (len(self.ended) % self.every == 0 or len(self.ended) == self.steps):
             self._evaluate()
         over = torch.tensor([int(time.time() - self.began - self.left_out > self.budget)])
         if self.budget < float("inf"):
