@@ -15,7 +15,7 @@ if sys.argv[1] == "keep":
     memory.keep()
 def step():
     torch.ones(12 << 20)  # 48 MB: glibc by itself keeps no block of more than 32 MB
-for _ in range(3):
+for _ in range(30):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
