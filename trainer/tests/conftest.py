@@ -48,6 +48,18 @@ def tiny_config(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def resnet18():
+    """The trainer's network with fresh weights."""
+    import torch
+
+    from k8scifar import model
+    from k8scifar.config import Model
+
+    torch.manual_seed(0)
+    return model.build(Model(), 10)
+
+
 @pytest.fixture
 def train(tiny_config: Path, tiny_data: Path, tmp_path: Path):
     """Train as a user would: ``train(ranks, "--set", ..., name=...)`` returns the finished process."""

@@ -9,12 +9,6 @@ from k8scifar import model, optim
 from k8scifar.config import Config, Model
 
 
-@pytest.fixture(scope="module")
-def resnet18() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return model.build(Model(), 10)
-
-
 def test_resnet18_has_the_published_size_and_cost(resnet18):
     assert model.parameters(resnet18) == 11_173_962
     forward_and_backward = model.training_flops(resnet18, 32)

@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from k8scifar import model, muon, optim, settings
-from k8scifar.config import Model
-
-
-@pytest.fixture(scope="module")
-def resnet18() -> nn.Module:
-    return model.build(Model(), 10)
+from k8scifar import muon, optim, settings
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (64, 64), (48, 16)])

@@ -237,16 +237,8 @@ class LocalSGD(AllReduce):
     name = "local-sgd"
     shares_updates = False
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        ddp: DistributedDataParallel,
-        optimizer: torch.optim.Optimizer,
-        average: WeightAverage | None,
-        every: int,
-    ) -> None:
-        super().__init__(config, world, ddp, optimizer, average)
+    def __init__(self, *parts: Any, every: int) -> None:
+        super().__init__(*parts)
         self._every = every
         self._anchors = [parameter.detach().clone() for parameter in self._parameters]  # the weights last agreed upon
         self._equal = True  # whether all ranks hold equal weights now

@@ -13,7 +13,7 @@ def keep() -> None:
     """Have the C library keep freed memory for the next step; does nothing where it has no such setting.
 
     It would give large blocks back to the kernel at once, which then fills them with zeros again, page by page, at the
-    next step: on a CPU a third of the time of the data path, and some hundredths of a step.
+    next step: on a CPU two thirds of the time of the data path, and some hundredths of a step.
     """
     with contextlib.suppress(AttributeError, OSError, ValueError):
         library = ctypes.CDLL(None)

@@ -35,11 +35,11 @@ class Muon(torch.optim.SGD):
         self._momentum, self._nesterov, self._iterations = settings["momentum"], settings["nesterov"], iterations
         plain = {"momentum": 0.0, "nesterov": False}  # SGD's part in a group of Muon
         super().__init__([group | plain if group.get("muon") else group for group in groups], **settings)
-        self._rank, self._size, self._add = 0, 1, lambda flat: None
+        self.share(0, 1, lambda flat: None)
 
     def share(self, rank: int, size: int, add: Callable[[torch.Tensor], None]) -> None:
         """From now on this rank computes its part of the directions; `add` sums a tensor over the ranks in place."""
-        self._rank, self._size, self._add = rank, size, add
+        self._rank, self._add, self._owners = rank, add, divide(self.hidden, self._iterations, size)
 
     @property
     def hidden(self) -> list[nn.Parameter]:
@@ -71,10 +71,9 @@ class Muon(torch.optim.SGD):
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_mul_(momenta, self._momentum)
         torch._foreach_add_(momenta, gradients)
-        owners = divide(parameters, self._iterations, self._size)
         flat = torch.zeros(sum(map(torch.numel, parameters)), dtype=torch.bfloat16, device=parameters[0].device)
         pieces = flat.split([parameter.numel() for parameter in parameters])
-        for gradient, momentum, owner, piece in zip(gradients, momenta, owners, pieces, strict=True):
+        for gradient, momentum, owner, piece in zip(gradients, momenta, self._owners, pieces, strict=True):
             if owner == self._rank:
                 wanted = gradient.add(momentum, alpha=self._momentum) if self._nesterov else momentum
                 piece.copy_(orthogonal(matrix(wanted), self._iterations).flatten())

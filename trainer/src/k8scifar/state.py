@@ -70,7 +70,7 @@ class State:
         if self.world.size == 1:
             self.comm = comm.AllReduce(*parts)
         else:
-            self.comm = comm.LocalSGD(*parts, every) if mode == comm.LocalSGD.name else comm.KINDS[mode](*parts)
+            self.comm = comm.LocalSGD(*parts, every=every) if mode == comm.LocalSGD.name else comm.KINDS[mode](*parts)
 
     def local(self) -> torch.Tensor:
         """What differs between the ranks within an epoch, float64 [n]: running statistics and sums."""
