@@ -53,17 +53,3 @@ readOnlyRootFilesystem: true
 capabilities:
   drop: [ALL]
 {{- end -}}
-
-{{- /* A container's resources, each amount as text: `--set` brings 0.5 as text, a file as a number. */ -}}
-{{- define "k8scifar.quantities" -}}
-{{- $resources := deepCopy . -}}
-{{- range $side := list "limits" "requests" -}}
-{{- range $name, $amount := index $resources $side -}}
-{{- if not (kindIs "string" $amount) -}}
-{{- $whole := $amount | int64 -}}
-{{- $_ := set (index $resources $side) $name (ternary (toString $whole) (toString $amount) (eq (float64 $whole) (float64 $amount))) -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- toYaml $resources -}}
-{{- end -}}

@@ -64,7 +64,7 @@ spec:
         - {{ printf "--interface=%s" . | quote }}
         {{- end }}
       resources:
-        {{- include "k8scifar.quantities" .Values.initResources | nindent 8 }}
+        {{- toYaml .Values.initResources | nindent 8 }}
       volumeMounts:
         {{- include "k8scifar.mounts" . | nindent 8 }}
         - name: dataset
@@ -95,7 +95,7 @@ spec:
         - {{ printf "--data-dir=%s" (include "k8scifar.dataDir" .) | quote }}
         - {{ printf "--source=%s" (include "k8scifar.dataSource" .) | quote }}
       resources:
-        {{- include "k8scifar.quantities" .Values.initResources | nindent 8 }}
+        {{- toYaml .Values.initResources | nindent 8 }}
       volumeMounts:
         {{- include "k8scifar.mounts" . | nindent 8 }}
         - name: dataset
@@ -251,7 +251,7 @@ hold
 {{- $limits := merge (dict .Values.gpu.resourceName (.Values.gpu.perNode | int64 | toString)) (default dict $resources.limits) -}}
 {{- $_ := set $resources "limits" $limits -}}
 {{- end -}}
-{{- include "k8scifar.quantities" $resources -}}
+{{- toYaml $resources -}}
 {{- end -}}
 
 {{- define "k8scifar.affinity" -}}

@@ -4,6 +4,9 @@
 {{- if not (hasKey .Values "_whole") -}}
 {{- $facts := .Files.Get "files/rules.yaml" | fromYaml -}}
 {{- include "k8scifar.fill" (dict "values" .Values "defaults" $facts.defaults "free" $facts.free "path" "") -}}
+{{- range $resources := list .Values.resources .Values.initResources .Values.tensorboard.resources -}}
+{{- include "k8scifar.quantities" $resources -}}
+{{- end -}}
 {{- range $path, $limits := $facts.numbers -}}
 {{- include "k8scifar.number" (dict "node" $.Values.train "rest" (splitList "." $path) "path" "train" "limits" $limits) -}}
 {{- end -}}
@@ -25,6 +28,19 @@
 {{- $_ := set $.values $key $default -}}
 {{- else if and (kindIs "map" $default) (kindIs "map" $value) (not (has $path $.free)) -}}
 {{- include "k8scifar.fill" (dict "values" $value "defaults" $default "free" $.free "path" (printf "%s." $path)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Each amount of a resource becomes text: `--set` brings 0.5 as text, a file as a number. */ -}}
+{{- define "k8scifar.quantities" -}}
+{{- range $side := list "limits" "requests" -}}
+{{- $amounts := index $ $side -}}
+{{- range $name, $amount := $amounts -}}
+{{- if not (kindIs "string" $amount) -}}
+{{- $whole := int64 $amount -}}
+{{- $_ := set $amounts $name (ternary (toString $whole) (toString $amount) (eq (float64 $whole) (float64 $amount))) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "trainer" / "tools"))
 SERVER = "--set=nfs.server=192.0.2.1"
 FILES = sorted(path.name for path in VALUES.glob("*.yaml"))
 NFS = ("two-node.yaml", SERVER)
+# Ten times as fast, where it is to be had.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @functools.cache
@@ -54,7 +56,7 @@ def render(*options: str, major: int = 4, release: str = "cifar") -> list[dict]:
     """The objects that Helm renders; fails the test where it refuses."""
     done = run(*options, major=major, release=release)
     assert done.returncode == 0, done.stderr
-    return [item for item in yaml.safe_load_all(done.stdout) if item]
+    return [item for item in yaml.load_all(done.stdout, LOADER) if item]
 
 
 def refused(*options: str, major: int = 4) -> str:

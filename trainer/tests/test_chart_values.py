@@ -7,6 +7,7 @@ import subprocess
 import jsonschema
 import pytest
 import yaml
+from chart_cases import BESIDE, DEFAULTS, OTHER, at, changed, leaves, put
 from chart_helpers import CHART, NFS, container, helm, refused, render, trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,6 @@ from k8scifar import settings as trainer_settings
 from k8scifar.errors import UserError
 
 pytestmark = pytest.mark.helm
-DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 
 
@@ -131,92 +131,6 @@ def test_every_value_has_a_comment():
     described = chart_files.comments((CHART / "values.yaml").read_text())
     for path in leaves(DEFAULTS):
         assert any(path == known or path.startswith(known + ".") for known in described), path
-
-
-def leaves(node, path=""):
-    """Dotted path of each value; an empty or free-form map is one value."""
-    for key, value in node.items():
-        full = f"{path}{key}"
-        if isinstance(value, dict) and value and not full.endswith(("esources", "equests")):
-            yield from leaves(value, full + ".")
-        else:
-            yield full
-
-
-# Another value for each that has no obvious one.
-OTHER = {
-    "train.distributed.comm": "powersgd",
-    "nodes": 1,
-    "train.recipe": "best",
-    "image.digest": "sha256:" + "0" * 64,
-    "image.pullPolicy": "Always",
-    "imagePullSecrets": [{"name": "x"}],
-    "nfs.path": "/other",
-    "nfs.mountOptions": ["ro"],
-    "dataset.source": "synthetic",
-    "dataset.s3Endpoint": "http://minio.storage:9000",
-    "workload.kind": "Job",
-    "completion.policy": "scaleDown",
-    "podAntiAffinity.mode": "preferred",
-    "user.supplementalGroups": [5],
-    "user.fsGroup": 0,
-    "job.activeDeadlineSeconds": 5,
-    "job.ttlSecondsAfterFinished": 0,
-    "tolerations": [{"operator": "Exists"}],
-    "tensorboard.tolerations": [{"operator": "Exists"}],
-    "tensorboard.serviceType": "NodePort",
-    "affinity": {"nodeAffinity": {"a": "b"}},
-    "extraEnv": [{"name": "A", "value": "b"}],
-    "extraVolumes": [{"name": "v", "emptyDir": {}}],
-    "extraVolumeMounts": [{"name": "v", "mountPath": "/v"}],
-    "gpu.resourceName": "amd.com/gpu",
-    "networkPolicy.tensorboardFrom": [{"podSelector": {}}],
-    "workload.terminationGracePeriodSeconds": 200,
-    "resources": {"limits": {"cpu": "2"}},
-    "initResources": {"limits": {"cpu": "2"}},
-    "tensorboard.resources": {"limits": {"cpu": "2"}},
-    "clusterDomain": "other.local",
-    "dataset.accessMode": "ReadWriteOnce",
-    "dataset.hostPath": "/x",
-    "checkpoints.accessMode": "ReadWriteOnce",
-    "checkpoints.hostPath": "/x",
-}
-# Values that only matter beside others.
-BESIDE = {
-    "dataset.nfs": {"dataset": {"nfs": {"server": "s", "path": "/p"}}},
-    "checkpoints.nfs": {"checkpoints": {"nfs": {"server": "s", "path": "/p"}}},
-    "dataset.size": {"dataset": {"storageClassName": "fast"}},
-    "checkpoints.size": {"checkpoints": {"storageClassName": "fast"}},
-    "extraVolumeMounts": {"extraVolumes": [{"name": "v", "emptyDir": {}}]},
-    "job.": {"workload": {"kind": "Job"}},
-    "gpu.": {"gpu": {"enabled": True}},
-    "tensorboard.ingress": {"tensorboard": {"ingress": {"enabled": True, "host": "h"}}},
-}
-
-
-def changed(value):
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int):
-        return value + 1
-    if isinstance(value, str):
-        return f"{value[:-2]}9Gi" if value.endswith("Gi") else "/x" if value.startswith("/") else "x"
-    if isinstance(value, dict):
-        return {"a": "b"}
-    raise AssertionError(f"what else could {value!r} be? say so in OTHER")
-
-
-def at(tree, path):
-    for key in path.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
-
-
-def put(tree, path, value):
-    *parents, last = path.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = value
 
 
 RENDERED: dict[str, subprocess.CompletedProcess] = {}

@@ -69,7 +69,7 @@ NamedItem = Annotated[
 Size = Annotated[
     str,
     rule(
-        r"(0*[1-9][0-9]*(\.[0-9]+)?|0+\.0*[1-9][0-9]*)(k|[MGTPE]|[KMGTPE]i)?",
+        r"(0*[1-9][0-9]*(\.[0-9]+)?|0+\.0*[1-9][0-9]*)(k|[MGTPE]|[KMGTPE]i)|[1-9][0-9]{5,}",
         "is no size: give a number above 0 and a unit, such as 512Mi or 5Gi",
     ),
 ]
