@@ -42,7 +42,11 @@
 {{- end -}}
 {{- $ranks := mul (int $values.nodes) (int (include "k8scifar.processes" .)) -}}
 {{- $recipes := .Files.Get "files/recipes.yaml" | fromYaml -}}
-{{- $recipe := index $recipes (default "demo" $values.train.recipe) | default dict -}}
+{{- $named := default "demo" $values.train.recipe -}}
+{{- if not (hasKey $recipes $named) -}}
+{{- fail (printf "\n\ntrain.recipe %q is unknown: set it to one of %s\n" $named (keys $recipes | sortAlpha | join ", ")) -}}
+{{- end -}}
+{{- $recipe := index $recipes $named -}}
 {{- $global := int (default $recipe.global_batch $values.train.global_batch) -}}
 {{- $micro := int (default $recipe.micro_batch $values.train.micro_batch) -}}
 {{- if and $global $micro -}}

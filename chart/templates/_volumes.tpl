@@ -39,7 +39,7 @@ NFS {{ $nfs.server }}:{{ $nfs.path }}
 {{- $source := include "k8scifar.source" . -}}
 {{- $what := list .root.Release.Namespace (include "k8scifar.fullname" .root) .key (include "k8scifar.place" .) $volume.accessMode -}}
 {{- if has $source (list "commonNfs" "nfs") -}}
-{{- $what = concat $what (list .root.Values.nfs.csi .root.Values.nfs.mountOptions) -}}
+{{- $what = concat $what (list .root.Values.nfs.csi (compact .root.Values.nfs.mountOptions)) -}}
 {{- end -}}
 {{- $what | toJson | sha256sum | trunc 8 -}}
 {{- end -}}

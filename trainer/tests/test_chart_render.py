@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import subprocess
 
 import kubernetes_validate
 import pytest
 import yaml
-from chart_helpers import CHART, FILES, NFS, component, container, layers, one, refused, render, run, trainer
+from chart_helpers import CHART, FILES, NFS, component, container, helm, layers, one, refused, render, run, trainer
 
 pytestmark = pytest.mark.helm
 MINORS = [f"1.{minor}" for minor in range(27, 38)]
@@ -71,6 +72,24 @@ def test_a_kubernetes_older_than_stated_is_refused():
     assert oldest == f">={MINORS[0]}.0-0"
     assert "1.26" in refused(*NFS, "--kube-version=1.26.15")
     assert render(*NFS, "--kube-version=1.27.0") == render(*NFS, "--kube-version=1.37.1")
+
+
+@pytest.mark.parametrize("major", [3, 4])
+def test_the_package_holds_its_readme_and_no_guides(major, tmp_path):
+    import tarfile
+
+    # `helm show` takes no name of a release, and the chart last.
+    shown = subprocess.run([helm(major), "show", "readme", str(CHART)], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == (CHART / "README.md").read_text().strip()
+    subprocess.run([helm(major), "package", str(CHART), f"--destination={tmp_path}"], check=True, capture_output=True)
+    (package,) = tmp_path.iterdir()
+    with tarfile.open(package) as archive:
+        names = archive.getnames()
+    assert "k8scifar/README.md" in names and "k8scifar/files/rules.yaml" in names
+    assert not [name for name in names if "/docs/" in name]
+    described = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert described["home"] in described["sources"] and described["maintainers"][0]["name"]
+    assert described["icon"].startswith("data:image/svg+xml;base64,")
 
 
 def test_headless_service_names_pods_before_they_are_ready(two_node):

@@ -58,6 +58,14 @@ def test_other_volumes(setting, volume, claim):
     assert claim.items() <= component(objects, "PersistentVolumeClaim", "dataset")["spec"].items()
 
 
+@pytest.mark.parametrize("major", [3, 4])
+def test_no_options_of_a_mount(major):
+    for options in ("--set=nfs.mountOptions={}", "--set-json=nfs.mountOptions=[]"):
+        assert (
+            "mountOptions" not in component(render(*NFS, options, major=major), "PersistentVolume", "dataset")["spec"]
+        )
+
+
 def test_existing_claim_makes_nothing_and_is_mounted():
     objects = render(*NFS, "--set=dataset.existingClaim=mine")
     assert not any("dataset" in item["metadata"]["name"] for item in objects)

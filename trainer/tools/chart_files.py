@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from chart_values import Values
+from chart_values import TRAINER_RULES, Values
 
 from k8scifar import settings
 from k8scifar.config import Config
@@ -68,12 +68,21 @@ def _values_schema() -> dict[str, Any]:
 def _train_schema() -> dict[str, Any]:
     train = _inline(Config.model_json_schema())
     for path in TAKEN:
-        *parents, last = path.split(".")
-        section = train
-        for parent in parents:
-            section = section["properties"][parent]
-        del section["properties"][last]
+        section, last = _section(train, path)
+        del section[last]
+    for path, rule in TRAINER_RULES.items():
+        section, last = _section(train, path)
+        section[last].pop("pattern", None)
+        section[last]["x-rule"] = rule
     return _accept_numbers_as_text(train)
+
+
+def _section(schema: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The properties among which a dotted path ends, and its last key."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        schema = schema["properties"][parent]
+    return schema["properties"], last
 
 
 def _accept_numbers_as_text(node: Any) -> Any:

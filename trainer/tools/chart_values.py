@@ -104,6 +104,19 @@ Seconds = Annotated[int, Field(ge=1, le=MOST)]
 NumericId = Annotated[int, Field(ge=0, le=MOST)]
 
 
+# Of the trainer's own texts, those of which its schema has a pattern only: in a chart a sentence is wanted.
+TRAINER_RULES = {
+    "name": {
+        "pattern": r"^(|[A-Za-z0-9_][A-Za-z0-9_.-]*)$",
+        "words": "is no name of a run: letters, digits, dots, _ and -, a letter, digit or _ first (its folder has it)",
+    },
+    "distributed.interface": {
+        "pattern": r"^[A-Za-z0-9_.@:-]*$",
+        "words": "is no network interface: one name, such as eth0, or nothing to have it chosen",
+    },
+}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -136,7 +149,7 @@ class CommonNfs(Section):
         Annotated[
             str,
             rule(
-                r"[A-Za-z][A-Za-z0-9_.,=:/@%+-]*",
+                r"|[A-Za-z][A-Za-z0-9_.,=:/@%+-]*",
                 "is no option of a mount: one word each, without spaces or -o, such as nfsvers=4.1",
             ),
         ]
@@ -242,8 +255,8 @@ class Toleration(Section):
 
 class Affinity(Section):
     nodeAffinity: dict[str, Any] = {}
-    podAffinity: dict[str, Any] = {}
-    podAntiAffinity: dict[str, Any] = {}
+    podAffinity: dict[str, list[Any]] = {}
+    podAntiAffinity: dict[str, list[Any]] = {}
 
 
 class PodAntiAffinity(Section):
