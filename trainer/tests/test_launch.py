@@ -14,24 +14,26 @@ from pathlib import Path
 
 import pytest
 
-from k8scifar import completion, journal, launch, processes
+from k8scifar import machine
 from k8scifar.errors import UserError
+from k8scifar.launch import command, kubernetes
+from k8scifar.results import notes
 
 PYTHON = sys.executable
 
 # A supervisor whose torchrun is the script in FAKE.
 DRIVER = """
 import os, sys
-from k8scifar import settings
-from k8scifar.node import Plan
-from k8scifar.supervise import Supervisor
+from k8scifar.config import loading
+from k8scifar.launch.node import NodeSpec
+from k8scifar.launch.supervisor import Supervisor
 
-class Fake(Plan):
+class Fake(NodeSpec):
     def command(self, port):
         return [sys.executable, "-c", os.environ["FAKE"]]
 
 options = eval(os.environ["OPTIONS"])
-config = settings.load(None, [f"runs_dir={os.environ['RUNS']}", "distributed.timeout_seconds=5"], "demo")
+config = loading.load(None, [f"runs_dir={os.environ['RUNS']}", "distributed.timeout_seconds=5"], "demo")
 sys.exit(Supervisor(Fake(config=config, train_arguments=[], **options)).run())
 """
 RANK = """
@@ -99,14 +101,14 @@ def finish(tmp_path, epochs=10_000):
     ],
 )
 def test_the_rank_comes_from_the_pod(environment, rank):
-    assert launch.node_rank(20, environment) == rank
-    assert launch.node_rank(1, environment) == 0
+    assert command.node_rank(20, environment) == rank
+    assert command.node_rank(1, environment) == 0
 
 
 @pytest.mark.parametrize("environment", [{"HOSTNAME": "laptop"}, {"JOB_COMPLETION_INDEX": "x"}, {"POD_NAME": "a-b"}])
 def test_a_machine_without_a_number_must_be_told(environment):
     with pytest.raises(UserError, match="give --node-rank"):
-        launch.node_rank(2, environment)
+        command.node_rank(2, environment)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_a_name_that_does_not_resolve_for_long_is_told_and_waited_for(supervised
     process = supervised("end(0)", nnodes=2, node_rank=1, master_addr="pod-0.nowhere.invalid", restart=True, wait=1.0)
     told = tmp_path / "termination-log"
     until(lambda: told.exists() and "headless Service" in told.read_text())
-    note = journal.read(tmp_path / "demo")[1]
+    note = notes.read(tmp_path / "demo")[1]
     assert note["state"] == "failed" and "does not resolve" in note["reason"]
     time.sleep(1.0)
     assert process.poll() is None and attempts(tmp_path) == 0
@@ -312,24 +314,24 @@ def free() -> int:
 
 
 def test_cores_follow_the_containers_limit(tmp_path):
-    here = processes.usable_cpus(tmp_path)
+    here = machine.usable_cpus(tmp_path)
     assert here == len(os.sched_getaffinity(0))
     (tmp_path / "cpu.max").write_text("100000 100000\n")
-    assert processes.usable_cpus(tmp_path) == 1
+    assert machine.usable_cpus(tmp_path) == 1
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert processes.usable_cpus(tmp_path) == 1
+    assert machine.usable_cpus(tmp_path) == 1
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert processes.usable_cpus(tmp_path) == here
+    assert machine.usable_cpus(tmp_path) == here
 
 
 def test_gpus_are_counted_without_torch(tmp_path):
-    assert processes.visible_gpus({}, tmp_path) == 0
+    assert machine.visible_gpus({}, tmp_path) == 0
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    assert processes.visible_gpus({}, tmp_path) == 2
-    assert processes.visible_gpus({"CUDA_VISIBLE_DEVICES": "0,3,GPU-x"}, tmp_path) == 3
-    assert processes.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
-    assert processes.visible_gpus({"CUDA_VISIBLE_DEVICES": "1,-1,2"}, tmp_path) == 1
+    assert machine.visible_gpus({}, tmp_path) == 2
+    assert machine.visible_gpus({"CUDA_VISIBLE_DEVICES": "0,3,GPU-x"}, tmp_path) == 3
+    assert machine.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
+    assert machine.visible_gpus({"CUDA_VISIBLE_DEVICES": "1,-1,2"}, tmp_path) == 1
 
 
 def test_scaling_down_patches_one_scale(tmp_path, monkeypatch):
@@ -360,8 +362,8 @@ def test_scaling_down_patches_one_scale(tmp_path, monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "localhost")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.server_port))
     try:
-        assert completion.scale_to_zero("cifar", tmp_path) is None
-        assert "403" in completion.scale_to_zero("other", tmp_path)
+        assert kubernetes.scale_to_zero("cifar", tmp_path) is None
+        assert "403" in kubernetes.scale_to_zero("other", tmp_path)
     finally:
         server.shutdown()
         server.server_close()
@@ -371,8 +373,8 @@ def test_scaling_down_patches_one_scale(tmp_path, monkeypatch):
         "application/merge-patch+json",
         {"spec": {"replicas": 0}},
     )
-    assert "can't be reached" in completion.scale_to_zero("cifar", tmp_path)
-    assert "service account" in completion.scale_to_zero("cifar", tmp_path / "none")
+    assert "can't be reached" in kubernetes.scale_to_zero("cifar", tmp_path)
+    assert "service account" in kubernetes.scale_to_zero("cifar", tmp_path / "none")
 
 
 def test_signals_are_not_lost_while_waiting(supervised, tmp_path):

@@ -149,7 +149,7 @@ def test_the_rendered_pods_train_hold_and_idle_again(tmp_path):
         assert (found["world_size"], found["epochs"]) == (2, 2)
         assert [pod.codes for pod in pods] == [[], []]
         for host, pod in zip(hosts, pods, strict=True):
-            until(lambda host=host: "k8scifar.agent" not in commands(host), 10, pods)
+            until(lambda host=host: "k8scifar.launch.agent" not in commands(host), 10, pods)
             assert "k8scifar launch" in commands(host)
             assert (pod.folder / "termination-log").read_text() == "done\n"
         assert "packed into" in pods[0].text() and "packed into" not in pods[1].text()
@@ -162,7 +162,7 @@ def test_the_rendered_pods_train_hold_and_idle_again(tmp_path):
         assert pods[1].stop() == 0
         pods[1] = Pod(hosts[1], 1, objects, tmp_path)
         until(lambda: "holding until" in pods[1].text(), 20, pods)
-        assert "k8scifar.agent" not in commands(hosts[1])
+        assert "k8scifar.launch.agent" not in commands(hosts[1])
         assert epochs(tmp_path) == 2
         before = (pods[1].folder / "heartbeat").stat().st_mtime
         until(lambda: (pods[1].folder / "heartbeat").stat().st_mtime > before, 15, pods)

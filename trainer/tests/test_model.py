@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from k8scifar import model, optim
-from k8scifar.config import Config, Model
+from k8scifar.config.schema import Config, Model
+from k8scifar.training import model, optim
 
 
 def test_resnet18_has_the_published_size_and_cost(resnet18):
