@@ -102,7 +102,7 @@ def test_a_node_that_comes_again_is_noticed_by_all():
         [
             PYTHON,
             "-c",
-            f"import time; from k8scifar.launch import meeting as m; m.watch('127.0.0.1', {port}, 'JOB'); time.sleep(60)",
+            f"import time;from k8scifar.launch import meeting;meeting.watch('127.0.0.1', {port}, 'JOB');time.sleep(60)",
         ]
     )
     try:
