@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import k8scifar
-from k8scifar.errors import FAILED, USER_MISTAKE, TrainingError, UserError
+from k8scifar.errors import TrainingError, UserError
 
 # command -> (module, function that adds its options, function that runs it, help)
 COMMANDS = {
@@ -38,12 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         parser, module, run = _parser(argv[0] if argv else "")
         args = parser.parse_args(argv)
         return getattr(module, run)(args) if module else 0
-    except UserError as error:
+    except (UserError, TrainingError) as error:
         _tell(error)
-        return USER_MISTAKE
-    except TrainingError as error:
-        _tell(error)
-        return FAILED
+        return error.code
     except KeyboardInterrupt:
         return 130
 

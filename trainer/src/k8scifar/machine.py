@@ -1,4 +1,4 @@
-"""What this machine offers a process: cores and GPUs."""
+"""What this machine offers a process: cores, GPUs, network interfaces."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+
+from k8scifar.errors import UserError
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -23,6 +25,25 @@ def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     if quota == "max" or int(quota) <= 0:
         return cores
     return max(1, min(cores, math.floor(int(quota) / int(period) + 0.01)))
+
+
+def interfaces(folder: Path = Path("/sys/class/net")) -> list[str]:
+    """Names of this machine's network interfaces; empty where the system does not tell."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return []
+
+
+def check_interface(name: str, said_by: str, there: list[str] | None = None) -> None:
+    """Raise UserError where a network interface is not there; `said_by` is what names it. Several: by commas."""
+    there = interfaces() if there is None else there
+    missing = [part for part in name.split(",") if part and part not in there]
+    if missing and there:
+        raise UserError(
+            f"{said_by} names {', '.join(missing)}, which this machine does not have ({', '.join(there)}); "
+            "name one of these, or leave it empty to have it chosen"
+        )
 
 
 def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:

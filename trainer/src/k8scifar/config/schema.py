@@ -134,6 +134,8 @@ class Checkpoint(_Section):
     """Also write one when the last is so many seconds old; 0: never."""
     keep: int = Field(2, ge=1, le=1000)
     """How many of the newest checkpoints to keep; the best one is kept besides."""
+    adopt: bool = False
+    """Go on in a run folder that another release of the chart made, as its owner from then on."""
     accept_changes: bool = False
     """Resume although keys that decide the weights (learning rate, augmentation, micro_batch, ...) have changed."""
 

@@ -12,12 +12,13 @@ import torch
 
 from k8scifar.config.loading import load
 from k8scifar.data.augment import Images
-from k8scifar.data.packed import read
+from k8scifar.data.packed import Manifest, read
 from k8scifar.data.prepare import require
 from k8scifar.errors import UserError
 from k8scifar.inference.trained import open_model
 from k8scifar.ranks.world import join, resolve_precision
 from k8scifar.results.outcome import Outcome
+from k8scifar.results.summary import beside
 from k8scifar.training.evaluation import evaluate
 
 
@@ -33,14 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`k8scifar evaluate`."""
-    outcome, classes = measure(Path(args.checkpoint), Path(args.data_dir), args.sets)
+    outcome, manifest = measure(Path(args.checkpoint), Path(args.data_dir), args.sets)
     if outcome is not None:
-        print(json.dumps(outcome.figures) if args.json else describe(outcome.figures, classes))
+        figures = outcome.figures | {"data": manifest.source}
+        print(json.dumps(figures) if args.json else describe(figures, manifest.classes))
     return 0
 
 
-def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outcome | None, list[str]]:
-    """Evaluate the model at `path` on the test images: outcome (None on ranks but the first) and class names.
+def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outcome | None, Manifest]:
+    """Evaluate the model at `path` on the test images: outcome (None on ranks but the first) and the data set.
 
     Raises UserError where there is no model, no data, or they do not fit each other.
     """
@@ -66,13 +68,13 @@ def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outco
             tta=True,
             precision=resolve_precision(config, world),
         )
-        return (outcome if world.is_main else None), trained.classes
+        return (outcome if world.is_main else None), manifest
 
 
 def describe(figures: dict[str, Any], classes: list[str]) -> str:
     """The figures as lines for a person."""
     lines = [
-        f"test accuracy {figures['accuracy']:.2%}, with flip TTA {figures['accuracy_tta']:.2%}, "
+        f"test accuracy {figures['accuracy']:.2%}{beside(figures)}, with flip TTA {figures['accuracy_tta']:.2%}, "
         f"top-5 {figures['top5']:.2%}, loss {figures['loss']:.4f}, {figures['images']:,} images"
     ]
     lines += [f"  {name:<12} {accuracy:.2%}" for name, accuracy in zip(classes, figures["per_class"], strict=True)]

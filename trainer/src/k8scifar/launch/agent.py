@@ -1,7 +1,7 @@
 """torchrun as a child of the supervisor: the same program, but its end is an exit code and not a table.
 
-Exit codes: 0 all local ranks ended well, 2 one of them met a user's mistake, 3 they stopped after saving, 1 anything
-else. The ranks print what went wrong themselves; this adds a line only where they could not.
+Exit codes: 0 all local ranks ended well, 2 one of them met a user's mistake, 3 they stopped after saving, 4 one died of
+a signal, 1 anything else. The ranks print what went wrong themselves; this adds a line only where they could not.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from k8scifar.errors import FAILED, PREEMPTED, USER_MISTAKE, PeersDiffer
+from k8scifar.errors import CRASHED, FAILED, PREEMPTED, USER_MISTAKE, PeersDiffer
 from k8scifar.launch import meeting, processes
 
 
@@ -32,6 +34,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
 
     os.environ["TORCH_CPP_LOG_LEVEL"] = level
     if "LOGLEVEL" not in os.environ:
@@ -40,6 +43,8 @@ def main(arguments: list[str]) -> int:
     try:
         if int(parsed.nnodes) > 1:
             _meet(parsed)
+        else:
+            static_tcp_rendezvous.TCPStore = _store_on_loopback
         torchrun.run(parsed)
     except ChildFailedError as failed:
         return _code(failed)
@@ -51,6 +56,17 @@ def main(arguments: list[str]) -> int:
         print(f"k8scifar: torchrun: {_first_line(error)}", file=sys.stderr, flush=True)
         return FAILED
     return 0
+
+
+def _store_on_loopback(address: str, port: int, *arguments: Any, **options: Any) -> Any:
+    """torch's store, where all ranks are on this machine: it listens there alone, and on no other interface."""
+    from torch.distributed import TCPStore
+
+    listener = socket.socket(socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen()
+    return TCPStore(address, port, *arguments, **options, master_listen_fd=listener.detach())
 
 
 def _show_life() -> None:
@@ -81,7 +97,10 @@ def _code(failed) -> int:
         number = -failure.exitcode
         hint = ": if nobody killed it, the machine was out of memory" if number == signal.SIGKILL else ""
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        print(f"k8scifar: rank {rank} died of {name}{hint}", file=sys.stderr, flush=True)
+        reason = f"rank {rank} died of {name}{hint}"
+        print(f"k8scifar: {reason}", file=sys.stderr, flush=True)
+        meeting.leave_reason(reason)
+        return CRASHED
     codes = {each.exitcode for each in failed.failures.values()}
     if USER_MISTAKE in codes:
         return USER_MISTAKE

@@ -10,6 +10,7 @@ import socket
 from k8scifar import machine
 from k8scifar.config import loading
 from k8scifar.errors import UserError
+from k8scifar.launch import sockets
 from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.supervisor import Supervisor
 
@@ -34,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     job.add_argument(
         "--wait", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the other machines (300)"
+    )
+    job.add_argument(
+        "--data-wait",
+        type=_count,
+        default=1800,
+        metavar="SECONDS",
+        help="how long a machine other than 0 waits for the data set before it says so (1800)",
     )
     job.add_argument(
         "--shutdown-timeout", type=_count, default=60, metavar="SECONDS", help="time to save after SIGTERM (60)"
@@ -65,6 +73,12 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
     if not args.wait > 0:
         raise UserError(f"--wait {args.wait:g} must be above 0 seconds")
     config = loading.from_arguments(args)
+    if config.distributed.interface:
+        machine.check_interface(config.distributed.interface, "distributed.interface")
+    else:  # libraries' variables, left in a shell
+        machine.check_interface(environment.get("GLOO_SOCKET_IFNAME", ""), "GLOO_SOCKET_IFNAME")
+        if args.nnodes > 1 and not environment.get("GLOO_SOCKET_IFNAME"):
+            _check_host_name(args.master_addr)
     nproc = args.nproc_per_node or (machine.visible_gpus(environment) if config.hardware.device != "cpu" else 0) or 1
     args.sets = [*args.sets, f"distributed.world_size={args.nnodes * nproc}"]
     return NodeSpec(
@@ -80,8 +94,20 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
         wait=args.wait,
         shutdown_timeout=args.shutdown_timeout,
         first_step=args.first_step,
+        data_wait=args.data_wait,
         environment=dict(environment),
     )
+
+
+def _check_host_name(master: str) -> None:
+    """Raise UserError where this host's name would lead its peers nowhere, and they are on other machines."""
+    name = socket.gethostname()
+    if sockets.leads_nowhere(name) and not sockets.leads_nowhere(master):
+        raise UserError(
+            f"the host name {name} resolves to the loopback address only, so that the peers can't connect back; set "
+            f"distributed.interface (in the chart train.distributed.interface) to the one that reaches them, of "
+            f"{', '.join(machine.interfaces())}"
+        )
 
 
 def train_arguments(args: argparse.Namespace) -> list[str]:

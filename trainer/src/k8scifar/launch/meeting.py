@@ -83,8 +83,13 @@ def _watch(address: str, port: int, job: str, store) -> None:
 
 def leave(reason: str) -> None:
     """End at once; the kernel ends this process's ranks with it."""
+    leave_reason(reason)
+    sys.stderr.flush()
+    os._exit(FAILED)
+
+
+def leave_reason(reason: str) -> None:
+    """Leave word for the supervisor why this agent ends."""
     if folder := os.environ.get("K8SCIFAR_SCRATCH"):
         with contextlib.suppress(OSError), open(os.path.join(folder, "reason.agent"), "w") as file:
             file.write(reason)
-    sys.stderr.flush()
-    os._exit(FAILED)

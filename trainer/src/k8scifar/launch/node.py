@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from k8scifar import machine
 from k8scifar.config.schema import Config
+
+COMPILED = os.path.join(tempfile.gettempdir(), "k8scifar-inductor")  # kept from attempt to attempt
 
 
 @dataclass
@@ -33,9 +36,16 @@ class NodeSpec:
     """Mean seconds between two attempts; the actual pause is between half and one and a half of it."""
     shutdown_timeout: int = 60
     """Seconds that the ranks get to save after SIGTERM."""
+    data_wait: float = 1800.0
+    """Seconds that a node other than 0 waits for the data set before it says so, and goes on waiting."""
     first_step: float = 900.0
     """Seconds that the ranks get for their first step, after which a missing heartbeat is theirs."""
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    @property
+    def waits_for_data(self) -> bool:
+        """Whether another node prepares the data set that this one reads."""
+        return self.node_rank > 0 and self.restart
 
     def command(self, port: int) -> list[str]:
         """torchrun with its arguments, meeting the other nodes by static rendezvous at this port."""
@@ -56,6 +66,8 @@ class NodeSpec:
         threads = self.config.hardware.threads or max(1, machine.usable_cpus() // self.nproc_per_node)
         ours = {
             "OMP_NUM_THREADS": str(threads),
+            "TMPDIR": str(scratch),  # what torch leaves behind in it goes with it
+            "PYTHONSAFEPATH": "1",  # a random.py of the user's in this folder is no part of Python
             "PYTHONUNBUFFERED": "1",
             "K8SCIFAR_SCRATCH": str(scratch),
             "K8SCIFAR_REASON_FILE": str(scratch / "reason"),
@@ -68,4 +80,8 @@ class NodeSpec:
             ours["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # its warnings are of peers' names that have no reverse lookup
         if self.config.distributed.interface:
             ours |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.config.distributed.interface)
+        elif self.nnodes == 1 and "lo" in machine.interfaces():
+            ours["GLOO_SOCKET_IFNAME"] = "lo"  # nobody outside has to reach these ranks
+        if self.config.hardware.compile:
+            ours.setdefault("TORCHINDUCTOR_CACHE_DIR", self.environment.get("TORCHINDUCTOR_CACHE_DIR", COMPILED))
         return self.environment | ours

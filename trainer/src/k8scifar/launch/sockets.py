@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
+from pathlib import Path
 
 
 def resolve(name: str, seconds: float = 10.0) -> frozenset[str]:
@@ -19,6 +21,12 @@ def resolve(name: str, seconds: float = 10.0) -> frozenset[str]:
     thread.start()
     thread.join(seconds)
     return frozenset(found)
+
+
+def leads_nowhere(name: str) -> bool:
+    """Whether a host name means the loopback address alone, so that no other machine can connect to it."""
+    here = resolve(name)
+    return bool(here) and all(address.startswith("127.") or address == "::1" for address in here)
 
 
 def port_is_free(port: int) -> bool:
@@ -41,3 +49,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def name_advice(name: str, resolver: Path = Path("/etc/resolv.conf")) -> str:
+    """What to do about a name that does not resolve."""
+    with contextlib.suppress(OSError):
+        domains = re.findall(r"\bsvc\.(\S+)", resolver.read_text())
+        if domains and ".svc." in name and not name.endswith(f".svc.{domains[0]}"):
+            return f"this cluster's domain is {domains[0]}: set clusterDomain={domains[0]}"
+    return "is node 0's pod scheduled, does the headless Service exist, and does cluster DNS answer?"

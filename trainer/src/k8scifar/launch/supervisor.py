@@ -1,7 +1,9 @@
 """The loop around torchrun: start it, watch it, start it again when a peer was lost, and end for good reasons only.
 
 It never imports torch. A fault of a peer costs one attempt and a short pause that does not grow, and never this
-process: in a pod the container goes on, so that the kubelet's crash back-off has nothing to grow from.
+process: in a pod the container goes on, so that the kubelet's crash back-off has nothing to grow from. A failure of
+this node's own that comes again and again is another matter: the pauses grow, and in the end the process ends with its
+reason, for the kubelet, the Job and the person who asks.
 """
 
 from __future__ import annotations
@@ -14,18 +16,23 @@ import time
 from pathlib import Path
 
 from k8scifar.console import say
-from k8scifar.errors import FAILED, PREEMPTED, USER_MISTAKE
+from k8scifar.errors import CRASHED, FAILED, PEER_LOST, PREEMPTED, USER_MISTAKE, UserError
 from k8scifar.heartbeat import Heartbeat
 from k8scifar.launch import kubernetes, processes, sockets
+from k8scifar.launch.needs import Need, needs
 from k8scifar.launch.node import NodeSpec
+from k8scifar.launch.scratch import Scratch
 from k8scifar.launch.termination import leave_message
-from k8scifar.results import notes
-from k8scifar.results.summary import MARKER, finished_summary, read_summary
+from k8scifar.results import notes, ownership
+from k8scifar.results.summary import MARKER, finished_summary, newest_checkpoint, read_summary
 
 POLL = 0.1  # seconds between two looks at the child
 SILENCE = 10.0  # seconds, at least, without a sign of life after which torchrun is taken for frozen
 LINGER = 5.0  # seconds that torchrun gets to end by itself after its ranks have
 HOLD = 10.0  # seconds between two heartbeats once training is done
+CRASHES = 5  # of this node's own, without a new checkpoint between them, that end the process
+LONGEST_PAUSE = 60.0  # seconds between two attempts after failures of this node's own
+UNSEEN = 60.0  # seconds of training after which node 0's note should be visible on a shared volume
 
 
 class Supervisor:
@@ -35,6 +42,8 @@ class Supervisor:
         self.spec = spec
         self.signals = 0
         self.reason = ""
+        self.failures = 0  # of this node's own, since the last new checkpoint
+        self._newest = ""  # checkpoint at the last failure
         self.heartbeat = Heartbeat(spec.environment.get("K8SCIFAR_HEARTBEAT"))
         self._next: dict[str, float] = {}
 
@@ -43,11 +52,13 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         processes.adopt_orphans()
+        if not self._owns_run():
+            return USER_MISTAKE
         attempts = 0
         while not self.signals:
             if self.spec.nnodes > 1 and self._is_finished():
                 return self._after_done()
-            if not self._wait_until(self._master_resolves, self._unresolved()) or not self._port_ready():
+            if not all(self._has(need) for need in needs(self.spec)):
                 say(f"k8scifar: error: {self.reason}")
                 if not self.spec.restart:
                     return self._end(USER_MISTAKE)
@@ -64,47 +75,59 @@ class Supervisor:
             if code == 0:
                 return self._after_done()
             if code == USER_MISTAKE or not self.spec.restart:
-                return self._end(code)
+                return self._end(FAILED if code == PEER_LOST else code)
+            self.reason = self.reason or ("a peer was lost" if code == PEER_LOST else "the ranks left no reason")
+            pause = self._pause(code)
+            if code == CRASHED and self.failures >= CRASHES:
+                self.reason = f"failed {self.failures} times without a new checkpoint between: {self.reason}"
+                say(f"k8scifar: error: {self.reason}")
+                return self._end(CRASHED)
             self._journal("failed", attempts)
-            pause = self.spec.pause * random.uniform(0.5, 1.5)
             self._note(self.reason)
-            reason = self.reason or "a peer was lost"
+            reason = self.reason
             say(f"k8scifar: attempt {attempts} ended ({reason}); the next starts in {pause:.1f} s")
             self._sleep(pause)
         return self._stopped(PREEMPTED)
 
+    def _pause(self, code: int) -> float:
+        """Seconds to the next attempt: longer each time that this node has failed by itself again."""
+        pause = self.spec.pause * random.uniform(0.5, 1.5)
+        if code == PEER_LOST:
+            return pause
+        newest = newest_checkpoint(self.spec.config.run_dir)
+        self.failures = self.failures + 1 if newest == self._newest else 1
+        self._newest = newest
+        return min(pause * 2 ** (self.failures - 1), LONGEST_PAUSE)
+
     # Before an attempt
 
-    def _unresolved(self) -> str:
-        name = self.spec.master_addr
-        return f"the name {name} does not resolve; is node 0 scheduled, and does its headless Service exist?"
-
-    def _master_resolves(self) -> bool:
-        return self.spec.nnodes == 1 or bool(sockets.resolve(self.spec.master_addr))
-
-    def _port_ready(self) -> bool:
-        spec = self.spec
-        if spec.node_rank or spec.master_port is None:
-            return True
-        text = f"port {spec.master_port} of this machine is in use; end what holds it or choose another --master-port"
-        if not spec.restart and not sockets.port_is_free(spec.master_port):
-            self.reason = text
+    def _owns_run(self) -> bool:
+        """Whether the run folder is this release's, or nobody's; else the reason is said."""
+        try:
+            ownership.check_owner(self.spec.config.run_dir, self.spec.config.checkpoint.adopt)
+        except UserError as error:
+            self.reason = str(error)
+            say(f"k8scifar: error: {self.reason}")
+            self._note(self.reason)  # nothing in the run's own place, which is another's
             return False
-        return self._wait_until(lambda: sockets.port_is_free(spec.master_port), text)
+        except OSError:
+            pass  # a volume that is away for a while: rank 0 will look again
+        return True
 
-    def _wait_until(self, ready, otherwise: str) -> bool:
-        """Wait at most `spec.wait` seconds; False, and `otherwise` as the reason, if it did not come."""
+    def _has(self, need: Need) -> bool:
+        """Wait until the need is met; False, with the reason, where that takes too long."""
         start = time.monotonic()
         while not self.signals:
             self.heartbeat.touch()
-            if ready():
+            if need.is_met():
                 return True
             waited = time.monotonic() - start
-            if waited > self.spec.wait:
-                self.reason = f"{otherwise} (waited {waited:.0f} s)"
+            if waited >= need.seconds:
+                self.reason = f"{need.otherwise} (waited {waited:.0f} s)" if need.seconds else need.otherwise
                 return False
             if waited > 5 and self._due("wait", 30):
-                say(f"k8scifar: waiting: {otherwise} ({waited:.0f} of {self.spec.wait:.0f} s)")
+                say(f"k8scifar: waiting: {need.otherwise} ({waited:.0f} of {need.seconds:.0f} s)")
+                self._journal("waiting", reason=need.otherwise)
             self._sleep(0.5)
         return True
 
@@ -113,19 +136,18 @@ class Supervisor:
     def _attempt(self, number: int = 0) -> int:
         """One run of torchrun. No process of it is left afterwards."""
         self.reason = ""
-        scratch = Path(tempfile.mkdtemp(prefix="k8scifar-"))
-        child = processes.Child(
-            self.spec.command(self.spec.master_port or sockets.free_port()), self.spec.child_environment(scratch)
-        )
+        spec, path = self.spec, Path(tempfile.mkdtemp(prefix="k8scifar-"))
+        scratch = Scratch(path, spec.nproc_per_node)
+        child = processes.Child(spec.command(spec.master_port or sockets.free_port()), spec.child_environment(path))
         try:
             self._watch(child, scratch, number)
         finally:
             child.kill_tree()
             code = self._judge(child.code, scratch)
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
         return code
 
-    def _watch(self, child: processes.Child, scratch: Path, number: int = 0) -> None:
+    def _watch(self, child: processes.Child, scratch: Scratch, number: int = 0) -> None:
         """Return when torchrun has ended, or should be ended by force."""
         begun = started_at = time.monotonic()
         deadline, told = None, 0
@@ -138,22 +160,24 @@ class Supervisor:
                 told = self.signals
                 child.signal(signal.SIGTERM)
                 deadline = now + (self.spec.shutdown_timeout + LINGER if told == 1 else 0.0)
-            elif not self.signals and deadline is None and (codes := self._exit_codes(scratch)):
+            elif not self.signals and deadline is None and (codes := scratch.exit_codes):
                 if any(codes) or (len(codes) == self.spec.nproc_per_node and self.spec.node_rank == 0):
                     deadline = now + LINGER
                 elif len(codes) == self.spec.nproc_per_node:
                     deadline = now + self.spec.wait  # torchrun waits here until node 0 has written the last files
             if deadline is not None and now >= deadline:
                 return
-            if (seen := _modified(scratch / "alive")) != life:
+            if (seen := scratch.alive) != life:
                 life, changed_at = seen, now
             elif life and now - changed_at > silence:
                 self.reason = f"torchrun has shown no sign of life for {silence:.0f} s: frozen"
                 return
-            joined = any(scratch.glob("started.*"))
+            joined = scratch.joined
             started_at = started_at if joined else now
             if joined and self._due("joined", 86400 * 365):
                 self._journal("training", number)
+            if joined and now - started_at > UNSEEN and self.spec.waits_for_data and self._due("shared", 86400 * 365):
+                self._check_shared()
             if now - started_at < self.spec.first_step and self._due("heartbeat", 5):
                 self.heartbeat.touch_unless_others()
             if not joined and self.spec.nnodes > 1 and self._due("finished", 5) and self._is_finished():
@@ -163,29 +187,26 @@ class Supervisor:
                 say(f"k8scifar: waiting for all {self.spec.nnodes} nodes to meet at {where} ({now - begun:.0f} s)")
             time.sleep(POLL)
 
-    @staticmethod
-    def _exit_codes(scratch: Path) -> list[int]:
-        texts = [path.read_text() for path in sorted(scratch.glob("exit.*"))]
-        return [int(text) for text in texts if text]
+    def _check_shared(self) -> None:
+        """Say so where node 0, with which this node trains, writes its notes on another volume."""
+        if 0 not in notes.read(self.spec.config.run_dir):
+            place = notes.folder(self.spec.config.run_dir)
+            say(
+                f"k8scifar: node 0 trains, but has left nothing in {place}: this node's checkpoints volume is another "
+                "one (a hostPath is not shared), so that it will not see the end of the training"
+            )
 
-    def _judge(self, code: int | None, scratch: Path) -> int:
-        """The attempt's exit code, from torchrun's own and those that the ranks left."""
-        codes, ranks = self._exit_codes(scratch), self.spec.nproc_per_node
-        reasons = sorted(scratch.glob("reason.*"), key=lambda path: path.stat().st_mtime)
-        mistakes = [path for path in reasons if _read(path.with_name(f"exit{path.suffix}")) == str(USER_MISTAKE)]
-        for path in mistakes or reasons:
-            self.reason = self.reason or _read(path)
-        if self.spec.nnodes > 1 and not codes and not self.signals and self._is_finished():
+    def _judge(self, code: int | None, scratch: Scratch) -> int:
+        """The attempt's exit code, and its reason."""
+        self.reason = self.reason or scratch.reason
+        if self.spec.nnodes > 1 and not scratch.exit_codes and not self.signals and self._is_finished():
             return 0
-        if len(codes) == ranks and not any(codes):
-            return 0 if self._marked() else FAILED
-        if USER_MISTAKE in codes or code == USER_MISTAKE:
-            return USER_MISTAKE
-        saved = len(codes) == ranks and set(codes) <= {0, PREEMPTED}
-        if saved or (self.signals and not any(scratch.glob("started.*"))):
+        if scratch.all_done:
+            return 0 if self._marked() else PEER_LOST
+        judged = scratch.judge(code, self.signals > 0, self.spec.nnodes == 1)
+        if judged == PREEMPTED:
             self.reason = self.reason or "training was told to stop and has saved"
-            return PREEMPTED
-        return FAILED
+        return judged
 
     def _marked(self) -> bool:
         """Whether rank 0's marker is there too; without it rank 0 will need this node again."""
@@ -239,9 +260,9 @@ class Supervisor:
         self._journal("stopped" if code == PREEMPTED else "failed")
         return code
 
-    def _journal(self, state: str, attempt: int = 0) -> None:
+    def _journal(self, state: str, attempt: int = 0, reason: str = "") -> None:
         if self.spec.restart:  # somebody else will ask
-            notes.write(self.spec.config.run_dir, self.spec.node_rank, state, self.reason, attempt)
+            notes.write(self.spec.config.run_dir, self.spec.node_rank, state, reason or self.reason, attempt)
 
     def _note(self, text: str) -> None:
         leave_message(text, self.spec.environment)
@@ -261,18 +282,3 @@ class Supervisor:
         end = time.monotonic() + seconds
         while not self.signals and (left := end - time.monotonic()) > 0:
             time.sleep(min(POLL, left))
-
-
-def _modified(path: Path) -> int:
-    """When a file was last written, in ns; 0 where there is none."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-def _read(path: Path) -> str:
-    try:
-        return " ".join(path.read_text().split())
-    except OSError:
-        return ""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
-from k8scifar.errors import FAILED, PREEMPTED
+from k8scifar.errors import CRASHED, FAILED, PEER_LOST, PREEMPTED
 from k8scifar.launch import processes
 
 
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> int:
     processes.die_with_parent(int(os.environ.get("K8SCIFAR_AGENT_PID", "0")))
     (folder / f"started.{rank}").touch()
     os.environ["K8SCIFAR_REASON_FILE"] = str(folder / f"reason.{rank}")
-    code = 1
+    code = CRASHED
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # until training has its own; nothing to save yet
     try:
         from k8scifar.cli import main as command
@@ -28,9 +29,13 @@ def main(arguments: list[str]) -> int:
         code = command(arguments)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        (folder / f"reason.{rank}").write_text(f"rank {rank} failed: {type(error).__name__}: {lines[0]}"[:500])
     finally:
         (folder / f"exit.{rank}").write_text(str(int(code or 0)))
-    if code == FAILED:  # a peer is lost, and torch's own end would wait for it
+    if code in (FAILED, CRASHED, PEER_LOST):  # torch's own end would wait for a peer that is lost
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

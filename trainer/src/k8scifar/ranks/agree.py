@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -22,9 +23,7 @@ BUSY, NOTHING = -2, -1  # lengths that announce no content
 
 def meet(world: World, facts: dict[str, Any]) -> None:
     """Raise PeersDiffer on every rank, saying what differs, unless all ranks hold equal `facts`."""
-    mine = {"host": socket.gethostname(), "facts": facts}
-    everyone: list[Any] = [None] * world.size
-    dist.all_gather_object(everyone, mine, group=world.host_group)
+    everyone = gather_json({"host": socket.gethostname(), "facts": facts}, world)
     first = everyone[0]
     for rank, other in enumerate(everyone):
         odd = [key for key in first["facts"] | other["facts"] if first["facts"].get(key) != other["facts"].get(key)]
@@ -59,6 +58,16 @@ def gather(row: torch.Tensor, world: World) -> torch.Tensor:
     world.pulse.arrive()
     dist.all_gather(rows, row.cpu(), group=world.host_group)
     return torch.stack(rows)
+
+
+def gather_json(value: Any, world: World) -> list[Any]:
+    """Every rank's JSON value, on all ranks; collective. No pickles: what crosses the network can't run code."""
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = gather(torch.tensor([len(content)]), world)[:, 0].tolist()
+    row = torch.zeros(max(lengths), dtype=torch.uint8)
+    row[: len(content)] = content
+    rows = gather(row, world)
+    return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths, strict=True)]
 
 
 def from_rank_0(world: World, decide: Callable[[], bytes | None]) -> bytes | None:

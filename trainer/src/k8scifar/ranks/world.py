@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from k8scifar import machine
 from k8scifar.config.schema import Config, check_world_size
-from k8scifar.errors import RankError, TrainingError, UserError
+from k8scifar.errors import PeerLost, RankError, UserError
 from k8scifar.ranks.pulse import Pulse, first_line
 
 PEER_FAILURES = ("gloo", "nccl", "connection", "timed out", "timeout", "pair closure", "socket", "broken pipe")
@@ -67,16 +67,16 @@ def join(config: Config) -> Iterator[World]:
     try:
         dist.init_process_group(backend, timeout=timeout, **alone)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise TrainingError(f"rank {rank} of {size} could not join its peers: {first_line(error)}") from None
+        raise PeerLost(f"rank {rank} of {size} could not join its peers: {first_line(error)}") from None
     pulse = Pulse(rank, size)
     try:
         group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
         yield World(rank, size, local_rank, local_size, device, backend, group, pulse, timeout.total_seconds())
     except RuntimeError as error:
-        if not is_peer_failure(error):
+        if size == 1 or not is_peer_failure(error):
             raise
         # The process group is left as it is: taking it down would wait for the peer that is lost.
-        raise TrainingError(f"rank {rank} gave up: {pulse.blame(error)}") from None
+        raise PeerLost(f"rank {rank} gave up: {pulse.blame(error)}") from None
     except BaseException:
         _part()
         raise

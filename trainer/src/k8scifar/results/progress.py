@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from k8scifar.results.summary import beside
+
 
 class Progress:
     """Shows one run's progress on stderr; `shown` is False on ranks that stay silent."""
@@ -60,7 +62,7 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
     """An epoch's record in one line."""
     test = ""
     if "test_accuracy" in record:
-        test = f", test accuracy {record['test_accuracy']:.2%} loss {record['test_loss']:.4f}"
+        test = f", test accuracy {record['test_accuracy']:.2%}{beside(record)} loss {record['test_loss']:.4f}"
         test += f" ({record['test_images']:,} images)"
     return (
         f"epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.4f} accuracy "

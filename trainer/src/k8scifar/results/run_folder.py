@@ -17,7 +17,7 @@ from k8scifar.console import say
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import FULL, TRANSIENT, patiently, remove_temporary, unwritten, write_atomically
-from k8scifar.results import weights
+from k8scifar.results import ownership, weights
 from k8scifar.results.summary import MARKER, read_summary
 
 
@@ -31,10 +31,13 @@ class RunFolder:
     def create(self, config: Config) -> None:
         """Make the folder and write the resolved configuration; what a killed rank 0 left half written goes.
 
-        Raises UserError where that can't be done, TrainingError where the volume is full or fails.
+        Raises UserError where that can't be done or another training has the folder, TrainingError where the volume
+        is full or fails.
         """
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            ownership.take(self.path, config.checkpoint.adopt)
+            self.checkpoints.mkdir(exist_ok=True)
             for folder in (self.path, self.checkpoints):
                 remove_temporary(folder)
             write_atomically(self.path / "config.yaml", config.to_yaml().encode())

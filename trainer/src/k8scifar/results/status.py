@@ -11,7 +11,7 @@ from typing import Any
 
 from k8scifar.errors import FAILED
 from k8scifar.results import notes
-from k8scifar.results.summary import read_summary
+from k8scifar.results.summary import beside, read_summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +43,9 @@ def look(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"state": "waiting", "nodes": {str(node): note for node, note in nodes.items()}}
     last = last_epoch(run_dir)
     if last:
-        found |= {key: last[key] for key in ("epoch", "step", "train_loss", "test_accuracy") if key in last}
+        found |= {key: last[key] for key in ("epoch", "step", "train_loss", "test_accuracy", "data") if key in last}
     if summary := read_summary(run_dir):
-        keys = ("accuracy", "accuracy_tta", "epochs", "seconds", "world_size")
+        keys = ("accuracy", "accuracy_tta", "epochs", "seconds", "world_size", "data")
         return found | {key: summary.get(key) for key in keys} | {"state": "done"}
     for state in ("failed", "stopped"):
         reasons = [f"node {node}: {note.get('reason')}" for node, note in nodes.items() if note.get("state") == state]
@@ -81,11 +81,11 @@ def describe(run_dir: Path, found: dict[str, Any], waited: float) -> str:
     state = found["state"]
     if state == "done":
         tta = f" (with flip TTA {found['accuracy_tta']:.2%})" if found.get("accuracy_tta") is not None else ""
-        text = f"done: test accuracy {found['accuracy']:.2%}{tta} after {found['epochs']} epochs"
+        text = f"done: test accuracy {found['accuracy']:.2%}{beside(found)}{tta} after {found['epochs']} epochs"
     elif state == "training":
         text = f"training, {found['epoch']} epoch(s) finished" if "epoch" in found else "training, in its first epoch"
         if found.get("test_accuracy") is not None:
-            text += f", test accuracy {found['test_accuracy']:.2%}"
+            text += f", test accuracy {found['test_accuracy']:.2%}{beside(found)}"
         if not found.get("moves"):
             text += f"; nothing was written in {waited:.0f} s" if waited else ""
     elif state in ("failed", "stopped"):
@@ -96,7 +96,7 @@ def describe(run_dir: Path, found: dict[str, Any], waited: float) -> str:
         )
     lines = [f"{run_dir.name}: {text}"]
     for node, note in found["nodes"].items():
-        if note.get("state") != state:
+        if note.get("state") != state or (state == "waiting" and note.get("reason")):
             reason = f" ({note['reason']})" if note.get("reason") else ""
             lines.append(f"  node {node}: {note.get('state')}{reason}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,27 @@ def finished_summary(config: Config) -> dict | None:
     return found if isinstance(epochs, int) and epochs >= config.epochs else None
 
 
+def newest_checkpoint(run_dir: Path) -> str:
+    """Name of the newest checkpoint file; empty where there is none that can be seen."""
+    try:
+        return max((name for name in os.listdir(run_dir / "checkpoints") if name.endswith(".pt")), default="")
+    except OSError:
+        return ""
+
+
+def beside(record: dict[str, Any]) -> str:
+    """What belongs beside an accuracy of this record (summary, epoch): that its images are synthetic, if they are."""
+    source = record.get("data") or ""
+    source = source.get("source", "") if isinstance(source, dict) else source
+    return " on SYNTHETIC images" if str(source).startswith("synthetic") else ""
+
+
 def describe(summary: dict[str, Any], folder: Path) -> str:
     """A finished run in one line."""
     tta = f", with flip TTA {summary['accuracy_tta']:.2%}" if summary["accuracy_tta"] is not None else ""
     return (
-        f"test accuracy {summary['accuracy']:.2%}{tta} after {summary['epochs']} epochs, {summary['seconds']:.0f} s, "
+        f"test accuracy {summary['accuracy']:.2%}{beside(summary)}{tta} after {summary['epochs']} epochs, "
+        f"{summary['seconds']:.0f} s, "
         f"{summary['training_flops'] / 1e15:.3f} PFLOP, {summary['images_per_second']:,.0f} images/s on "
         f"{summary['world_size']} rank(s); see {folder}"
     )

@@ -7,6 +7,7 @@ rank's part is in place, so that the loss, too, is the same number for every wor
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -82,17 +83,20 @@ def evaluate(
                 mirrored.update(both, labels)
     finally:
         net.train(was_training)
-    losses, predictions = kept.compute()
-    figures = {
-        "accuracy": plain.compute().item(),
-        "top5": top5.compute().item(),
-        "loss": losses.mean().item(),
-        "per_class": [round(value, 6) for value in each.compute().tolist()],
-        "images": count,
-    }
-    if tta:
-        figures["accuracy_tta"] = mirrored.compute().item()
-    return Outcome(figures, samples.cpu(), losses.cpu(), predictions.cpu(), confusion.compute().cpu())
+    with warnings.catch_warnings():  # a rank without images has updated no metric: that is no news
+        warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
+        losses, predictions = kept.compute()
+        figures = {
+            "accuracy": plain.compute().item(),
+            "top5": top5.compute().item(),
+            "loss": losses.mean().item(),
+            "per_class": [round(value, 6) for value in each.compute().tolist()],
+            "images": count,
+        }
+        if tta:
+            figures["accuracy_tta"] = mirrored.compute().item()
+        matrix = confusion.compute()
+    return Outcome(figures, samples.cpu(), losses.cpu(), predictions.cpu(), matrix.cpu())
 
 
 def _per_image_metric(count: int) -> Any:

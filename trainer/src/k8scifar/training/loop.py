@@ -19,6 +19,7 @@ from k8scifar.data.prepare import require
 from k8scifar.errors import PREEMPTED
 from k8scifar.ranks.agree import Agreement
 from k8scifar.ranks.world import check_size, join
+from k8scifar.results import ownership
 from k8scifar.results.summary import describe
 from k8scifar.training import memory, model, optim
 from k8scifar.training.evaluation import Stopped
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
             return PREEMPTED
         finally:
             session.close()
+            ownership.leave()
     return 0
 
 

@@ -13,6 +13,7 @@ from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import TRANSIENT
 from k8scifar.ranks.agree import from_rank_0, meet
 from k8scifar.ranks.world import World
+from k8scifar.results import ownership
 from k8scifar.results.run_folder import RunFolder
 from k8scifar.training import checkpoint
 
@@ -37,9 +38,12 @@ def _mathematics() -> dict[str, str]:
 def _look(folder: RunFolder, config: Config, manifest: packed.Manifest) -> bytes | None:
     """Rank 0's part of `find`: b"S" + a summary, b"C" + a checkpoint, or None for a fresh run."""
     try:
+        ownership.check_owner(folder.path, config.checkpoint.adopt)
         summary = folder.summary()
         if summary and folder.is_finished(summary, config, manifest):
             return b"S" + json.dumps(summary).encode()
+        if folder.path.is_dir():
+            ownership.take(folder.path, config.checkpoint.adopt)  # from here on nobody else writes in it
         bad = False
         for path, content, why in checkpoint.newest_good(folder.checkpoints):
             if content is None:

@@ -52,8 +52,7 @@ class Session:
         self.state = State.fresh(config, manifest, world, self.train_images)
         payload = checkpoint.decode(found, "the checkpoint") if found is not None else None
         why = self._choose_exchange(payload)
-        if payload:
-            self.state.restore(payload)
+        changed = self.state.restore(payload) if payload else ""
         self.first_step = self.state.step
         self.agreement = agree.Agreement(world, ("stop", "save", "bad"))
         self.clock = StepClock(world.device, running=world.is_main)
@@ -70,6 +69,8 @@ class Session:
         self.outcome: Outcome | None = None
         if world.size > 1:
             self.display.write(f"communication: {self.state.exchange.label}; {why}")
+        if changed:
+            self.display.write(f"going on with other settings than the checkpoint's: {changed}")
         self.display.write(self.headline())
 
     def headline(self) -> str:
@@ -145,6 +146,7 @@ class Session:
         record: dict[str, Any] = {
             "epoch": epoch,
             "step": step,
+            "data": self.manifest.source,
             "pixels": pixels,
             "lr": self.plan.lr(step - 1),
             "train_loss": (sums[0] / sums[2]).item(),

@@ -119,9 +119,9 @@ class State:
             "rng": torch.get_rng_state(),  # nothing draws from it while training; kept for what may come
         }
 
-    def restore(self, payload: dict[str, Any]) -> None:
-        """Take over a checkpoint's values. Raises UserError where the configuration does not fit it."""
-        check_resumable(self.config, payload, self.manifest)
+    def restore(self, payload: dict[str, Any]) -> str:
+        """Take over a checkpoint's values; returns what has changed since. Raises UserError where that may not be."""
+        changed = check_resumable(self.config, payload, self.manifest)
         self.net.load_state_dict(payload["model"])
         self.optimizer.load_state_dict(payload["optimizer"])
         if saved := payload.get("comm"):
@@ -135,6 +135,7 @@ class State:
             row[-3:] = local[:, -3:].sum(0) if self.world.is_main else 0.0
             self._set_local(row)
         torch.set_rng_state(payload["rng"])
+        return changed
 
     def _mean_statistics(self, local: torch.Tensor) -> dict[str, torch.Tensor]:
         """The running statistics that the ranks' average would leave, by state-dict name."""
@@ -160,8 +161,11 @@ def _settle_buckets(ddp: DistributedDataParallel, norms: list[nn.BatchNorm2d], d
     ddp.zero_grad(set_to_none=False)
 
 
-def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest) -> None:
-    """Raise UserError where a run must not go on from this checkpoint: another data set or other mathematics."""
+def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest) -> str:
+    """What has changed since this checkpoint, in words; empty where nothing has.
+
+    Raises UserError where a run must not go on from it: another data set or other mathematics.
+    """
     if payload["data"] != manifest.fingerprint:
         raise UserError(
             f"the checkpoint of step {payload['step']} was trained on data {payload['data']}, and this is "
@@ -180,13 +184,14 @@ def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest)
     changed = config.differences(saved)
     fixed = [key for key in changed if key.split(".")[0] in FIXED]
     extended = set(changed) <= {"epochs"} and config.epochs > payload["config"]["epochs"]
+    told = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
     if changed and not extended and (fixed or not config.checkpoint.accept_changes):
-        told = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
         remedy = "" if fixed else ", or set checkpoint.accept_changes=true to go on with the new values"
         raise UserError(
             f"the checkpoint of step {payload['step']} has another configuration ({told}); "
             f"give the run another --name{remedy}"
         )
+    return told
 
 
 def _to_cpu(tree: Any) -> Any:
