@@ -1,23 +1,19 @@
 {{- /* The training pod, for a StatefulSet or a Job. */ -}}
 {{- define "k8scifar.pod" -}}
+{{- $tries := min 20 (int64 .Values.probes.startupSeconds) -}}
 metadata:
   labels:
-    {{- include "k8scifar.podLabels" . | nindent 4 }}
-    app.kubernetes.io/component: trainer
-    {{- with .Values.podLabels }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- $own := printf "%s\napp.kubernetes.io/component: trainer" (include "k8scifar.podLabels" .) }}
+    {{- include "k8scifar.merged" (dict "own" $own "user" .Values.podLabels "path" "podLabels") | nindent 4 }}
   annotations:
-    kubectl.kubernetes.io/default-container: trainer
-    {{- with .Values.podAnnotations }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- $own = "kubectl.kubernetes.io/default-container: trainer" }}
+    {{- include "k8scifar.merged" (dict "own" $own "user" .Values.podAnnotations "path" "podAnnotations") | nindent 4 }}
 spec:
   {{- if eq .Values.workload.kind "Job" }}
-  subdomain: {{ include "k8scifar.fullname" . }}
+  subdomain: {{ include "k8scifar.fullname" . | quote }}
   restartPolicy: Never
   {{- end }}
-  serviceAccountName: {{ include "k8scifar.serviceAccount" . }}
+  serviceAccountName: {{ include "k8scifar.serviceAccount" . | quote }}
   automountServiceAccountToken: {{ include "k8scifar.scalesDown" . }}
   enableServiceLinks: false
   {{- if .Values.hostNetwork }}
@@ -25,19 +21,19 @@ spec:
   # The cluster's names, where hostNetwork's default would be the machine's.
   dnsPolicy: ClusterFirstWithHostNet
   {{- end }}
-  terminationGracePeriodSeconds: {{ .Values.workload.terminationGracePeriodSeconds }}
+  terminationGracePeriodSeconds: {{ .Values.workload.terminationGracePeriodSeconds | int64 }}
   {{- with .Values.imagePullSecrets }}
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
   {{- end }}
   {{- with .Values.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with .Values.schedulerName }}
-  schedulerName: {{ . }}
+  schedulerName: {{ . | quote }}
   {{- end }}
   {{- with .Values.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   {{- with .Values.nodeSelector }}
   nodeSelector:
@@ -53,21 +49,22 @@ spec:
   {{- end }}
   securityContext:
     {{- include "k8scifar.podSecurity" . | nindent 4 }}
+  # What is local is checked and prepared here. No init container waits for another pod: a rolling upgrade replaces one
+  # pod at a time, and goes on when that one is Ready, so that waiting for peers is the trainer's own.
   initContainers:
     {{- if .Values.preflight.enabled }}
     - name: preflight
       {{- include "k8scifar.container" . | nindent 6 }}
-      command: [k8scifar]
       args:
         - preflight
-        {{- include "k8scifar.preflightArguments" . | nindent 8 }}
-        - --config=/etc/k8scifar/train.yaml
-        - --min-free={{ .Values.preflight.freeMiB }}
+        - {{ printf "--data-dir=%s" (include "k8scifar.dataDir" .) | quote }}
+        - {{ printf "--runs-dir=%s" (include "k8scifar.runsDir" .) | quote }}
+        - --min-free={{ .Values.preflight.freeMiB | int64 }}
         {{- with dig "distributed" "interface" "" .Values.train }}
-        - --interface={{ . }}
+        - {{ printf "--interface=%s" . | quote }}
         {{- end }}
       resources:
-        {{- toYaml .Values.initResources | nindent 8 }}
+        {{- include "k8scifar.quantities" .Values.initResources | nindent 8 }}
       volumeMounts:
         {{- include "k8scifar.mounts" . | nindent 8 }}
         - name: dataset
@@ -82,70 +79,73 @@ spec:
       {{- with .Values.dataset.credentialsSecret }}
       envFrom:
         - secretRef:
-            name: {{ . }}
+            name: {{ . | quote }}
       {{- end }}
-      # Pod 0 prepares the data set, the others wait for its copy.
+      # Under tini, as the image's own entry point is: process 1 without a handler does not hear SIGTERM.
       command:
+        - tini
+        - --
         - sh
         - -c
         - |
-          if [ "${JOB_COMPLETION_INDEX:-${POD_NAME##*-}}" = 0 ]; then set -- "--source=$1"; else set -- "--wait=$2"; fi
-          exec k8scifar prepare --data-dir={{ include "k8scifar.dataDir" . }} "$@"
+          if [ "${JOB_COMPLETION_INDEX:-${POD_NAME##*-}}" != 0 ]; then echo "pod 0 prepares the data set"; exit 0; fi
+          exec k8scifar prepare "$@"
         - prepare
-        - {{ .Values.dataset.source | quote }}
-        - {{ .Values.dataset.waitSeconds | quote }}
-      resources:
-        {{- toYaml .Values.initResources | nindent 8 }}
-      volumeMounts:
-        {{- include "k8scifar.mounts" . | nindent 8 }}
-        - name: dataset
-          mountPath: /volumes/dataset
-    {{- if .Values.preflight.enabled }}
-    - name: preflight-data
-      {{- include "k8scifar.container" . | nindent 6 }}
-      command: [k8scifar]
       args:
-        - preflight
-        - --only-data
-        {{- include "k8scifar.preflightArguments" . | nindent 8 }}
+        - {{ printf "--data-dir=%s" (include "k8scifar.dataDir" .) | quote }}
+        - {{ printf "--source=%s" (include "k8scifar.dataSource" .) | quote }}
       resources:
-        {{- toYaml .Values.initResources | nindent 8 }}
+        {{- include "k8scifar.quantities" .Values.initResources | nindent 8 }}
       volumeMounts:
         {{- include "k8scifar.mounts" . | nindent 8 }}
         - name: dataset
           mountPath: /volumes/dataset
-          readOnly: true
-    {{- end }}
   containers:
     - name: trainer
       {{- include "k8scifar.container" . | nindent 6 }}
-      command: [k8scifar]
       args:
         - launch
-        - --nnodes={{ .Values.nodes }}
+        - --nnodes={{ .Values.nodes | int64 }}
         - --nproc-per-node={{ include "k8scifar.processes" . }}
         - --master-addr={{ include "k8scifar.masterAddress" . }}
-        - --master-port={{ .Values.rendezvous.port }}
-        - --wait={{ .Values.rendezvous.waitSeconds }}
+        - --master-port={{ .Values.rendezvous.port | int64 }}
+        - --wait={{ .Values.rendezvous.waitSeconds | int64 }}
+        - --data-wait={{ .Values.dataset.waitSeconds | int64 }}
         - --restart=always
         - --when-done={{ include "k8scifar.whenDone" . }}
-        - --shutdown-timeout={{ .Values.workload.shutdownTimeoutSeconds }}
-        - --first-step={{ .Values.probes.firstStepSeconds }}
+        - --shutdown-timeout={{ .Values.workload.shutdownTimeoutSeconds | int64 }}
+        - --first-step={{ .Values.probes.firstStepSeconds | int64 }}
         - --config=/etc/k8scifar/train.yaml
-        - --data-dir={{ include "k8scifar.dataDir" . }}
-        - --runs-dir={{ include "k8scifar.runsDir" . }}
+        - {{ printf "--data-dir=%s" (include "k8scifar.dataDir" .) | quote }}
+        - {{ printf "--runs-dir=%s" (include "k8scifar.runsDir" .) | quote }}
       ports:
         - name: rendezvous
-          containerPort: {{ .Values.rendezvous.port }}
+          containerPort: {{ .Values.rendezvous.port | int64 }}
           {{- if .Values.hostNetwork }}
-          hostPort: {{ .Values.rendezvous.port }}
+          hostPort: {{ .Values.rendezvous.port | int64 }}
           {{- end }}
+      # It waits in the container, so that an ordinary start is no row of failed probes in the events.
       startupProbe:
-        {{- include "k8scifar.heartbeatProbe" . | nindent 8 }}
+        exec:
+          command:
+            - sh
+            - -c
+            - |
+              {{- include "k8scifar.fresh" . | nindent 14 }}
+              for second in $(seq {{ $tries }}); do if fresh; then exit 0; fi; sleep 1; done
+              echo "no heartbeat yet"; exit 1
         periodSeconds: 5
-        failureThreshold: {{ div (add .Values.probes.startupSeconds 4) 5 }}
+        timeoutSeconds: {{ add $tries 5 }}
+        failureThreshold: {{ div (add (int64 .Values.probes.startupSeconds) $tries -1) $tries }}
       livenessProbe:
-        {{- include "k8scifar.heartbeatProbe" . | nindent 8 }}
+        exec:
+          command:
+            - sh
+            - -c
+            - |
+              {{- include "k8scifar.fresh" . | nindent 14 }}
+              fresh || { echo "no heartbeat for {{ .Values.probes.livenessSeconds | int64 }} s"; exit 1; }
+        timeoutSeconds: 5
         periodSeconds: 15
         failureThreshold: 2
       resources:
@@ -161,38 +161,33 @@ spec:
   volumes:
     - name: config
       configMap:
-        name: {{ include "k8scifar.configName" . }}
+        name: {{ include "k8scifar.configName" . | quote }}
     - name: dataset
       persistentVolumeClaim:
-        claimName: {{ include "k8scifar.claim" (dict "root" . "key" "dataset") }}
+        claimName: {{ include "k8scifar.claim" (dict "root" . "key" "dataset") | quote }}
     - name: checkpoints
       persistentVolumeClaim:
-        claimName: {{ include "k8scifar.claim" (dict "root" . "key" "checkpoints") }}
+        claimName: {{ include "k8scifar.claim" (dict "root" . "key" "checkpoints") | quote }}
     - name: shm
       emptyDir:
         medium: Memory
-        sizeLimit: {{ .Values.sharedMemorySize }}
+        sizeLimit: {{ .Values.sharedMemorySize | quote }}
     - name: tmp
       emptyDir:
-        sizeLimit: {{ .Values.scratchSize }}
+        sizeLimit: {{ .Values.scratchSize | quote }}
     {{- with .Values.extraVolumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
 {{- end -}}
 
 {{- /* The heartbeat is fresh: a file that a former container left behind is not. */ -}}
-{{- define "k8scifar.heartbeatProbe" -}}
-exec:
-  command:
-    - sh
-    - -c
-    - test $(( $(date +%s) - $(stat -c %Y /tmp/heartbeat || echo 0) )) -le {{ .Values.probes.livenessSeconds }}
-timeoutSeconds: 5
+{{- define "k8scifar.fresh" -}}
+fresh() { test $(( $(date +%s) - $(stat -c %Y /tmp/heartbeat 2>/dev/null || echo 0) )) -le {{ .Values.probes.livenessSeconds | int64 }}; }
 {{- end -}}
 
 {{- /* What every container of the training pod shares. */ -}}
 {{- define "k8scifar.container" -}}
-image: {{ include "k8scifar.image" . }}
+image: {{ include "k8scifar.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext:
   {{- include "k8scifar.containerSecurity" . | nindent 2 }}
@@ -202,11 +197,26 @@ env:
     valueFrom:
       fieldRef:
         fieldPath: metadata.name
+  - name: POD_UID
+    valueFrom:
+      fieldRef:
+        fieldPath: metadata.uid
+  - name: POD_NAMESPACE
+    valueFrom:
+      fieldRef:
+        fieldPath: metadata.namespace
+  - name: NODE_NAME
+    valueFrom:
+      fieldRef:
+        fieldPath: spec.nodeName
+  # Whose run folders these are.
+  - name: K8SCIFAR_RELEASE
+    value: {{ printf "%s/%s" .Release.Namespace .Release.Name | quote }}
   - name: K8SCIFAR_HEARTBEAT
     value: /tmp/heartbeat
   {{- if eq (include "k8scifar.scalesDown" .) "true" }}
   - name: K8SCIFAR_STATEFULSET
-    value: {{ include "k8scifar.workloadName" . }}
+    value: {{ include "k8scifar.workloadName" . | quote }}
   {{- end }}
   {{- with .Values.extraEnv }}
   {{- toYaml . | nindent 2 }}
@@ -225,14 +235,6 @@ env:
   mountPath: /tmp
 {{- end -}}
 
-{{- define "k8scifar.preflightArguments" -}}
-- --nnodes={{ .Values.nodes }}
-- --master-addr={{ include "k8scifar.masterAddress" . }}
-- --wait={{ .Values.rendezvous.waitSeconds }}
-- --data-dir={{ include "k8scifar.dataDir" . }}
-- --runs-dir={{ include "k8scifar.runsDir" . }}
-{{- end -}}
-
 {{- define "k8scifar.whenDone" -}}
 {{- if eq .Values.workload.kind "Job" -}}
 exit
@@ -246,10 +248,10 @@ hold
 {{- define "k8scifar.resources" -}}
 {{- $resources := deepCopy .Values.resources -}}
 {{- if .Values.gpu.enabled -}}
-{{- $gpus := dict .Values.gpu.resourceName .Values.gpu.perNode -}}
-{{- $_ := set $resources "limits" (merge $gpus (default dict $resources.limits)) -}}
+{{- $limits := merge (dict .Values.gpu.resourceName (.Values.gpu.perNode | int64 | toString)) (default dict $resources.limits) -}}
+{{- $_ := set $resources "limits" $limits -}}
 {{- end -}}
-{{- toYaml $resources -}}
+{{- include "k8scifar.quantities" $resources -}}
 {{- end -}}
 
 {{- define "k8scifar.affinity" -}}

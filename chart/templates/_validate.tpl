@@ -26,8 +26,13 @@
 {{- if and $values.nfs.server (not $common) -}}
 {{- fail "\n\nnfs.server is set, but dataset and checkpoints both name a volume of their own: remove nfs.server, or one of theirs\n" -}}
 {{- end -}}
-{{- if and (eq (include "k8scifar.claim" (dict "root" . "key" "dataset")) (include "k8scifar.claim" (dict "root" . "key" "checkpoints"))) (eq $values.dataset.folder $values.checkpoints.folder) -}}
-{{- fail "\n\ndataset.existingClaim and checkpoints.existingClaim are one volume: give dataset.folder and checkpoints.folder different names\n" -}}
+{{- $places := dict -}}
+{{- range $key := list "dataset" "checkpoints" -}}
+{{- $folder := printf "%s/%s/" (include "k8scifar.place" (dict "root" $ "key" $key)) (index $values $key).folder -}}
+{{- $_ := set $places $key $folder -}}
+{{- end -}}
+{{- if or (hasPrefix $places.dataset $places.checkpoints) (hasPrefix $places.checkpoints $places.dataset) -}}
+{{- fail (printf "\n\ndataset and checkpoints are in one volume (%s), and dataset.folder %s and checkpoints.folder %s are not apart: give them different names\n" (include "k8scifar.place" (dict "root" . "key" "dataset")) $values.dataset.folder $values.checkpoints.folder) -}}
 {{- end -}}
 {{- if and $values.gpu.enabled (not $values.gpu.resourceName) -}}
 {{- fail (printf "\n\ngpu.enabled with %d GPU(s) a pod, but gpu.resourceName is empty: set it to what the device plugin offers, such as nvidia.com/gpu\n" (int $values.gpu.perNode)) -}}

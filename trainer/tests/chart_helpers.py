@@ -37,9 +37,11 @@ def layers(name: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def run(*options: str, major: int = 4, verb: str = "template") -> subprocess.CompletedProcess:
+def run(
+    *options: str, major: int = 4, verb: str = "template", release: str = "cifar"
+) -> subprocess.CompletedProcess[str]:
     """`helm template` (or another verb) with files of values/ and further options, a name being a file."""
-    name = ("cifar",) if verb in ("template", "install") else ()
+    name = (release,) if verb in ("template", "install") else ()
     arguments = [
         item for option in options for item in (("-f", str(VALUES / option)) if option in FILES else (option,))
     ]
@@ -48,9 +50,9 @@ def run(*options: str, major: int = 4, verb: str = "template") -> subprocess.Com
     )
 
 
-def render(*options: str, major: int = 4) -> list[dict]:
+def render(*options: str, major: int = 4, release: str = "cifar") -> list[dict]:
     """The objects that Helm renders; fails the test where it refuses."""
-    done = run(*options, major=major)
+    done = run(*options, major=major, release=release)
     assert done.returncode == 0, done.stderr
     return [item for item in yaml.safe_load_all(done.stdout) if item]
 
@@ -67,6 +69,12 @@ def one(objects: list[dict], kind: str, name: str | None = None) -> dict:
     found = [item for item in objects if item["kind"] == kind and name in (None, item["metadata"]["name"])]
     assert len(found) == 1, f"{len(found)} objects of kind {kind} {name or ''}"
     return found[0]
+
+
+def component(objects: list[dict], kind: str, name: str) -> dict:
+    """The only object of a kind that carries this component's label: dataset, checkpoints, trainer, tensorboard."""
+    labels = {"app.kubernetes.io/component": name}.items()
+    return one([item for item in objects if labels <= item["metadata"]["labels"].items()], kind)
 
 
 def pods(objects: list[dict]) -> list[dict]:

@@ -63,7 +63,9 @@ class Pod:
             environment["JOB_COMPLETION_INDEX"] = str(self.ordinal)
         for variable in item["env"]:
             environment[variable["name"]] = self._here(variable.get("value", self.host.name.partition(".")[0]))
-        command = [self._here(word) for word in item["command"] + item.get("args", [])]
+        # Without a command of its own it is the image's entry point; both begin with tini, which only a pod needs.
+        words = [*item.get("command", ["tini", "--", "k8scifar"])[2:], *item["args"]]
+        command = [self._here(word) for word in words]
         return self.host.popen(command, environment, self.log)
 
     def _run(self) -> None:

@@ -1,6 +1,7 @@
 """Types and limits of the chart's values. The words for people are the comments in chart/values.yaml.
 
-`train` is the trainer's own model, less what the chart decides itself.
+`train` is the trainer's own model, less what the chart decides itself. What a text must look like is a `rule`: its
+pattern goes into chart/files/rules.yaml with a sentence, since of a pattern in the schema Helm prints the pattern.
 """
 
 from __future__ import annotations
@@ -9,13 +10,98 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Name = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?)?$", max_length=52)]
-Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")]
-AbsolutePath = Annotated[str, Field(pattern=r"^(/.*)?$")]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?)?$")]
+# What Kubernetes takes for a number of seconds, pods or the like: 32 bits.
+MOST = 2**31 - 1
+_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_HOST = r"([A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9])?\.)*([A-Za-z0-9][A-Za-z0-9-]*)?[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?"
+_BYTE = r"(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_IPV4 = rf"({_BYTE}\.){{3}}{_BYTE}"
+_IPV6 = r"[0-9A-Fa-f]{0,4}(:[0-9A-Fa-f]{0,4}){2,7}(\.[0-9]+){0,3}"
+_PART = r"[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*"
+_REGISTRY = rf"({_HOST}|{_IPV4}|\[{_IPV6}\])(:[0-9]{{1,5}})?"
+_KEY = rf"({_LABEL}(\.{_LABEL})*/)?[A-Za-z0-9]([A-Za-z0-9_.-]{{0,61}}[A-Za-z0-9])?"
+_AMOUNT = r"[0-9]+(\.[0-9]+)?"
+
+
+def rule(pattern: str, words: str) -> Any:
+    """What a text must match (Go's regular expressions), and how the refusal of another goes on after the text."""
+    return Field(json_schema_extra={"x-rule": {"pattern": f"^({pattern})$", "words": words}})
+
+
+Server = Annotated[
+    str,
+    rule(
+        rf"|{_HOST}|{_IPV4}|{_IPV6}",
+        "is no host name or IP address: give the server alone, without scheme, port, path, brackets or spaces "
+        "(the exported folder goes into path)",
+    ),
+]
+AbsolutePath = Annotated[
+    str,
+    rule(
+        r"|/|(/[^/\x00-\x1f\x7f]*[^/\x00-\x20\x7f.][^/\x00-\x1f\x7f]*|/\.[^/\x00-\x1f\x7f.][^/\x00-\x1f\x7f]*)+/?",
+        "is no folder's whole path: begin it with /, without .. in it (/srv/k8scifar)",
+    ),
+]
+Folder = Annotated[
+    str,
+    rule(
+        r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*",
+        "is no folder in the volume: letters, digits, dots, _ and - (it must not lead out of the volume: no .., no / "
+        "before it)",
+    ),
+]
+Named = Annotated[
+    str,
+    rule(
+        rf"|{_LABEL}(\.{_LABEL})*",
+        "is no name that Kubernetes allows: small letters, digits, - and dots, a letter or digit at both ends",
+    ),
+]
+# A name that must be there.
+NamedItem = Annotated[
+    str,
+    rule(
+        rf"{_LABEL}(\.{_LABEL})*",
+        "is no name that Kubernetes allows: small letters, digits, - and dots, a letter or digit at both ends",
+    ),
+]
+Size = Annotated[
+    str,
+    rule(
+        r"(0*[1-9][0-9]*(\.[0-9]+)?|0+\.0*[1-9][0-9]*)(k|[MGTPE]|[KMGTPE]i)?",
+        "is no size: give a number above 0 and a unit, such as 512Mi or 5Gi",
+    ),
+]
+Quantity = Annotated[
+    str,
+    rule(
+        rf"{_AMOUNT}(m|k|[MGTPE]|[KMGTPE]i|[eE][0-9]+)?",
+        "is no amount of a resource: give a number, with a unit if need be, such as 500m, 2 or 6Gi",
+    ),
+]
 Amount = Quantity | Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)]
-Labels = dict[str, str]
-NumericId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+ResourceName = Annotated[
+    str,
+    rule(
+        rf"cpu|memory|ephemeral-storage|hugepages-{_AMOUNT}[KMGT]?i?|{_LABEL}(\.{_LABEL})*/[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?",
+        "is no resource: cpu, memory, ephemeral-storage, hugepages-2Mi, or a device's such as nvidia.com/gpu",
+    ),
+]
+Key = Annotated[
+    str, rule(_KEY, "is no key of a label or annotation: letters, digits, - _ and dots, such as team or my.org/team")
+]
+LabelText = Annotated[
+    str,
+    rule(
+        r"|[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?",
+        "is no value of a label: at most 63 letters, digits, - _ and dots, a letter or digit at both ends",
+    ),
+]
+Labels = dict[Key, LabelText]
+Annotations = dict[Key, str]
+Seconds = Annotated[int, Field(ge=1, le=MOST)]
+NumericId = Annotated[int, Field(ge=0, le=MOST)]
 
 
 class Section(BaseModel):
@@ -23,47 +109,78 @@ class Section(BaseModel):
 
 
 class Image(Section):
-    repository: str = Field(min_length=1)
-    tag: str = Field(pattern=r"^[A-Za-z0-9_.-]*$")
-    digest: str = Field(pattern=r"^(sha256:[0-9a-f]{64})?$")
+    repository: Annotated[
+        str,
+        rule(
+            rf"({_REGISTRY}/)?{_PART}(/{_PART})*",
+            "is no image's name: small letters, such as registry.example/me/k8scifar, without a scheme, a tag or a "
+            "digest (they go into image.tag and image.digest)",
+        ),
+    ]
+    tag: Annotated[
+        str,
+        rule(r"|[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", "is no image's tag: letters, digits, _ - and dots, such as 0.1.0"),
+    ]
+    digest: Annotated[str, rule(r"|sha256:[0-9a-f]{64}", "is no digest: sha256: and 64 digits or letters a to f")]
     pullPolicy: Literal["Always", "IfNotPresent", "Never"]
 
 
 class PullSecret(Section):
-    name: str = Field(min_length=1)
+    name: NamedItem
 
 
 class CommonNfs(Section):
-    server: str
+    server: Server
     path: AbsolutePath
-    mountOptions: list[str]
+    mountOptions: list[
+        Annotated[
+            str,
+            rule(
+                r"[A-Za-z][A-Za-z0-9_.,=:/@%+-]*",
+                "is no option of a mount: one word each, without spaces or -o, such as nfsvers=4.1",
+            ),
+        ]
+    ]
     csi: bool
 
 
 class Nfs(Section):
-    server: str
+    server: Server
     path: AbsolutePath
 
 
 class Checkpoints(Section):
     folder: Folder
-    size: Quantity
+    size: Size
     accessMode: Literal["ReadWriteMany", "ReadWriteOnce"]
     nfs: Nfs
-    storageClassName: str
-    existingClaim: str
+    storageClassName: Named
+    existingClaim: Named
     hostPath: AbsolutePath
 
 
 class Dataset(Checkpoints):
-    source: str = Field(pattern=r"^(auto|cifar10|synthetic(:[0-9]+:[0-9]+)?|imagefolder:.+)$")
-    credentialsSecret: str
-    s3Endpoint: str = Field(pattern=r"^(https?://.+)?$")
-    waitSeconds: int = Field(ge=1)
+    source: Annotated[
+        str,
+        rule(
+            r"auto|cifar10(:[^\x00-\x1f]+)?|synthetic(:[1-9][0-9]{0,7}:[1-9][0-9]{0,7})?|imagefolder:[^\x00-\x1f]+",
+            "is no data set that is known: use cifar10, synthetic, imagefolder:PATH, imagefolder:https://... or "
+            "imagefolder:s3://...",
+        ),
+    ]
+    credentialsSecret: Named
+    s3Endpoint: Annotated[
+        str,
+        rule(
+            rf"|https?://({_HOST}|{_IPV4}|\[{_IPV6}\])(:[0-9]{{1,5}})?(/[^\s]*)?",
+            "is no address of a server: give it with its scheme, such as http://minio.storage:9000",
+        ),
+    ]
+    waitSeconds: Seconds
 
 
 class User(Section):
-    uid: int = Field(ge=1, le=2**31 - 1)
+    uid: int = Field(ge=1, le=MOST)
     gid: NumericId
     supplementalGroups: list[NumericId]
     fsGroup: NumericId | None
@@ -72,14 +189,14 @@ class User(Section):
 class Workload(Section):
     kind: Literal["StatefulSet", "Job"]
     labels: Labels
-    annotations: Labels
-    terminationGracePeriodSeconds: int = Field(ge=1)
-    shutdownTimeoutSeconds: int = Field(ge=1)
+    annotations: Annotations
+    terminationGracePeriodSeconds: Seconds
+    shutdownTimeoutSeconds: Seconds
 
 
 class Job(Section):
-    backoffLimit: int = Field(ge=0)
-    activeDeadlineSeconds: Annotated[int, Field(ge=1)] | None
+    backoffLimit: NumericId
+    activeDeadlineSeconds: Seconds | None
     ttlSecondsAfterFinished: NumericId | None
 
 
@@ -89,13 +206,19 @@ class Completion(Section):
 
 class Rendezvous(Section):
     port: int = Field(ge=1024, le=65535)
-    waitSeconds: int = Field(ge=1)
+    waitSeconds: Seconds
 
 
 class Gpu(Section):
     enabled: bool
     perNode: int = Field(ge=1, le=64)
-    resourceName: str
+    resourceName: Annotated[
+        str,
+        rule(
+            rf"|{_LABEL}(\.{_LABEL})*/[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?",
+            "is no resource of a device plugin: such as nvidia.com/gpu",
+        ),
+    ]
 
 
 class ResourceClaim(Section):
@@ -104,8 +227,8 @@ class ResourceClaim(Section):
 
 
 class Resources(Section):
-    limits: dict[str, Amount] = {}
-    requests: dict[str, Amount] = {}
+    limits: dict[ResourceName, Amount] = {}
+    requests: dict[ResourceName, Amount] = {}
     claims: list[ResourceClaim] = []
 
 
@@ -125,18 +248,30 @@ class Affinity(Section):
 
 class PodAntiAffinity(Section):
     mode: Literal["required", "preferred", "none"]
-    topologyKey: str = Field(min_length=1)
+    topologyKey: Key
 
 
 class EnvironmentVariable(Section):
-    name: str = Field(min_length=1)
+    name: Annotated[
+        str,
+        rule(r"[A-Za-z_.-][A-Za-z0-9_.-]*", "is no variable's name: letters, digits and _, no digit first"),
+    ]
     value: str = ""
     valueFrom: dict[str, Any] = {}
 
 
+VolumeName = Annotated[
+    str,
+    rule(
+        r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?",
+        "is no volume's name: at most 63 small letters, digits and -, a letter or digit at both ends",
+    ),
+]
+
+
 class Mount(Section):
-    name: str = Field(min_length=1)
-    mountPath: str = Field(min_length=1)
+    name: VolumeName
+    mountPath: Annotated[str, rule(r"/[^:\x00-\x1f]*", "is no path in a container: begin it with /, without a colon")]
     subPath: str = ""
     subPathExpr: str = ""
     readOnly: bool = False
@@ -147,26 +282,32 @@ class Volume(BaseModel):
     """A pod's volume: its name and whichever of Kubernetes' many sources."""
 
     model_config = ConfigDict(extra="allow")
-    name: str = Field(min_length=1)
+    name: VolumeName
 
 
 class Preflight(Section):
     enabled: bool
-    freeMiB: int = Field(ge=0)
+    freeMiB: NumericId
 
 
 class Probes(Section):
-    startupSeconds: int = Field(ge=10)
-    firstStepSeconds: int = Field(ge=1)
-    livenessSeconds: int = Field(ge=10)
+    startupSeconds: int = Field(ge=10, le=MOST)
+    firstStepSeconds: Seconds
+    livenessSeconds: int = Field(ge=10, le=MOST)
 
 
 class Ingress(Section):
     enabled: bool
-    className: str
-    host: str
-    annotations: Labels
-    tlsSecret: str
+    className: Named
+    host: Annotated[
+        str,
+        rule(
+            rf"|(\*\.)?{_LABEL}(\.{_LABEL})*",
+            "is no host name: small letters, digits, - and dots, without scheme, port or path, such as tb.example.org",
+        ),
+    ]
+    annotations: Annotations
+    tlsSecret: Named
 
 
 class TensorBoard(Section):
@@ -185,7 +326,7 @@ class NetworkPolicy(Section):
 
 
 class HelmTest(Section):
-    timeoutSeconds: int = Field(ge=1)
+    timeoutSeconds: Seconds
 
 
 class Values(Section):
@@ -204,29 +345,49 @@ class Values(Section):
     completion: Completion
     rendezvous: Rendezvous
     hostNetwork: bool
-    clusterDomain: str = Field(pattern=r"^[a-z0-9.-]*$")
+    clusterDomain: Annotated[
+        str,
+        rule(
+            rf"|{_LABEL}(\.{_LABEL})*",
+            "is no DNS domain: small letters, digits, - and dots, none at the ends, such as cluster.local",
+        ),
+    ]
     gpu: Gpu
-    runtimeClassName: str
+    runtimeClassName: Named
     resources: Resources
     initResources: Resources
     nodeSelector: Labels
     tolerations: list[Toleration]
     affinity: Affinity
     podAntiAffinity: PodAntiAffinity
-    priorityClassName: str
-    schedulerName: str
+    priorityClassName: Named
+    schedulerName: Named
     podLabels: Labels
-    podAnnotations: Labels
+    podAnnotations: Annotations
     extraEnv: list[EnvironmentVariable]
     extraVolumes: list[Volume]
     extraVolumeMounts: list[Mount]
-    serviceAccountName: str
-    sharedMemorySize: Quantity
-    scratchSize: Quantity
+    serviceAccountName: Named
+    sharedMemorySize: Size
+    scratchSize: Size
     preflight: Preflight
     probes: Probes
     tensorboard: TensorBoard
     networkPolicy: NetworkPolicy
     helmTest: HelmTest
-    nameOverride: Name
-    fullnameOverride: Name
+    nameOverride: Annotated[
+        str,
+        rule(
+            r"|[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?",
+            "is no part of an object's name: at most 63 small letters, digits and -, a letter or digit at both ends",
+        ),
+    ]
+    fullnameOverride: Annotated[
+        str,
+        rule(
+            r"|[a-z]([-a-z0-9]{0,61}[a-z0-9])?",
+            "is no name for a Service: at most 63 small letters, digits and -, a letter first, no - at the end",
+        ),
+    ]
+    # Helm hands it to a chart that is another one's part.
+    global_: dict[str, Any] = Field(default={}, alias="global")

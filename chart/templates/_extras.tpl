@@ -1,0 +1,48 @@
+{{- /* What the user adds to the training pod must not take the place of what the chart puts there. */ -}}
+{{- define "k8scifar.validateExtras" -}}
+{{- $names := list "POD_NAME" "POD_UID" "POD_NAMESPACE" "NODE_NAME" "JOB_COMPLETION_INDEX" "K8SCIFAR_RELEASE" "K8SCIFAR_HEARTBEAT" "K8SCIFAR_STATEFULSET" -}}
+{{- if .Values.dataset.s3Endpoint -}}
+{{- $names = append $names "AWS_ENDPOINT_URL" -}}
+{{- end -}}
+{{- $seen := list -}}
+{{- range $index, $item := .Values.extraEnv -}}
+{{- if has $item.name $names -}}
+{{- fail (printf "\n\nextraEnv[%d].name %s is a variable that the chart sets itself: choose another name\n" $index $item.name) -}}
+{{- end -}}
+{{- if has $item.name $seen -}}
+{{- fail (printf "\n\nextraEnv names %s twice: keep one of them\n" $item.name) -}}
+{{- end -}}
+{{- $seen = append $seen $item.name -}}
+{{- end -}}
+{{- $own := list "config" "dataset" "checkpoints" "shm" "tmp" -}}
+{{- $volumes := list -}}
+{{- range $index, $item := .Values.extraVolumes -}}
+{{- if has $item.name $own -}}
+{{- fail (printf "\n\nextraVolumes[%d].name %s is a volume of the chart's own (%s): choose another name\n" $index $item.name (join ", " $own)) -}}
+{{- end -}}
+{{- if has $item.name $volumes -}}
+{{- fail (printf "\n\nextraVolumes names %s twice: keep one of them\n" $item.name) -}}
+{{- end -}}
+{{- $volumes = append $volumes $item.name -}}
+{{- end -}}
+{{- $taken := list "/etc/k8scifar" "/volumes/checkpoints" "/volumes/dataset" "/dev/shm" "/tmp" -}}
+{{- $mounted := list -}}
+{{- range $index, $item := .Values.extraVolumeMounts -}}
+{{- $path := trimSuffix "/" $item.mountPath -}}
+{{- if not (has $item.name (concat $volumes $own)) -}}
+{{- fail (printf "\n\nextraVolumeMounts[%d].name %s is no volume of extraVolumes: add it there, or correct the name\n" $index $item.name) -}}
+{{- end -}}
+{{- range $taken -}}
+{{- if or (eq $path .) (hasPrefix (printf "%s/" $path) .) -}}
+{{- fail (printf "\n\nextraVolumeMounts[%d].mountPath %s would hide %s, which the chart mounts itself: choose another path\n" $index $item.mountPath .) -}}
+{{- end -}}
+{{- end -}}
+{{- if has $path $mounted -}}
+{{- fail (printf "\n\nextraVolumeMounts mounts %s twice: keep one of them\n" $path) -}}
+{{- end -}}
+{{- $mounted = append $mounted $path -}}
+{{- end -}}
+{{- if and .Values.gpu.enabled (hasKey (default dict .Values.resources.limits) .Values.gpu.resourceName) -}}
+{{- fail (printf "\n\nresources.limits names %s, which gpu.perNode sets: remove it there\n" .Values.gpu.resourceName) -}}
+{{- end -}}
+{{- end -}}

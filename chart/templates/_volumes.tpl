@@ -1,0 +1,84 @@
+{{- /* Which volume source a volume's values choose: of (root, key) one of nfs, storageClass, claim,
+     hostPath, commonNfs. */ -}}
+{{- define "k8scifar.source" -}}
+{{- $volume := index .root.Values .key -}}
+{{- $chosen := list -}}
+{{- if $volume.nfs.server }}{{ $chosen = append $chosen "nfs" }}{{ end -}}
+{{- if $volume.storageClassName }}{{ $chosen = append $chosen "storageClass" }}{{ end -}}
+{{- if $volume.existingClaim }}{{ $chosen = append $chosen "claim" }}{{ end -}}
+{{- if $volume.hostPath }}{{ $chosen = append $chosen "hostPath" }}{{ end -}}
+{{- if gt (len $chosen) 1 -}}
+{{- $names := dict "nfs" "nfs.server" "storageClass" "storageClassName" "claim" "existingClaim" "hostPath" "hostPath" -}}
+{{- $set := list -}}
+{{- range $chosen }}{{ $set = append $set (printf "%s.%s" $.key (index $names .)) }}{{ end -}}
+{{- fail (printf "\n\n%s are both set: a volume comes from one place; keep one of them\n" (join " and " $set)) -}}
+{{- end -}}
+{{- first (append $chosen "commonNfs") -}}
+{{- end -}}
+
+{{- /* Where a volume's files are, in words: of (root, key). Two volumes of one place have the same. */ -}}
+{{- define "k8scifar.place" -}}
+{{- $volume := index .root.Values .key -}}
+{{- $source := include "k8scifar.source" . -}}
+{{- if eq $source "hostPath" -}}
+folder {{ $volume.hostPath }} of the machine
+{{- else if eq $source "storageClass" -}}
+{{ .key }}'s own of storage class {{ $volume.storageClassName }}
+{{- else if eq $source "claim" -}}
+claim {{ $volume.existingClaim }}
+{{- else -}}
+{{- $nfs := ternary .root.Values.nfs $volume.nfs (eq $source "commonNfs") -}}
+NFS {{ $nfs.server }}:{{ $nfs.path }}
+{{- end -}}
+{{- end -}}
+
+{{- /* A hash of all that can't be changed in a volume and its claim once they are made: another address is another
+     volume, under another name, and the former one is left alone. */ -}}
+{{- define "k8scifar.volumeHash" -}}
+{{- $volume := index .root.Values .key -}}
+{{- $source := include "k8scifar.source" . -}}
+{{- $what := list .root.Release.Namespace (include "k8scifar.fullname" .root) .key (include "k8scifar.place" .) $volume.accessMode -}}
+{{- if has $source (list "commonNfs" "nfs") -}}
+{{- $what = concat $what (list .root.Values.nfs.csi .root.Values.nfs.mountOptions) -}}
+{{- end -}}
+{{- $what | toJson | sha256sum | trunc 8 -}}
+{{- end -}}
+
+{{- define "k8scifar.claim" -}}
+{{- $own := printf "%s-%s-%s" (include "k8scifar.fullname" .root) .key (include "k8scifar.volumeHash" .) -}}
+{{- default $own (index .root.Values .key).existingClaim -}}
+{{- end -}}
+
+{{- /* At most 63 letters, the hash telling apart what is cut; volumes of all namespaces share one room for names. */ -}}
+{{- define "k8scifar.volumeName" -}}
+{{- $whose := printf "%s-%s" .root.Release.Namespace (include "k8scifar.fullname" .root) | trunc 42 | trimSuffix "-" -}}
+{{- printf "%s-%s-%s" $whose .key (include "k8scifar.volumeHash" .) -}}
+{{- end -}}
+
+{{- /* Of NFS and folders a size says nothing, and a claim's can't be changed: one figure for all. */ -}}
+{{- define "k8scifar.volumeSize" -}}
+{{- ternary (index .root.Values .key).size "1Gi" (eq (include "k8scifar.source" .) "storageClass") -}}
+{{- end -}}
+
+{{- /* `auto` guesses on one machine; in a cluster synthetic images are what somebody asked for by name. */ -}}
+{{- define "k8scifar.dataSource" -}}
+{{- ternary "cifar10" .Values.dataset.source (eq .Values.dataset.source "auto") -}}
+{{- end -}}
+
+{{- /* A folder for each source, so that no data set is ever replaced under another training. */ -}}
+{{- define "k8scifar.dataDir" -}}
+{{- $source := include "k8scifar.dataSource" . -}}
+{{- $what := $source -}}
+{{- if and .Values.dataset.s3Endpoint (hasPrefix "imagefolder:s3://" $source) -}}
+{{- $what = printf "%s %s" .Values.dataset.s3Endpoint $source -}}
+{{- end -}}
+/volumes/dataset/{{ .Values.dataset.folder }}/{{ splitList ":" $source | first }}-{{ sha256sum $what | trunc 8 }}
+{{- end -}}
+
+{{- define "k8scifar.runsDir" -}}
+/volumes/checkpoints/{{ .Values.checkpoints.folder }}
+{{- end -}}
+
+{{- define "k8scifar.runDir" -}}
+{{ include "k8scifar.runsDir" . }}/{{ default .Release.Name .Values.train.name }}
+{{- end -}}
