@@ -60,6 +60,28 @@ def finished(tmp_path):
     return folder, summary
 
 
+def test_an_accuracy_on_synthetic_images_says_so_wherever_it_stands(finished, tmp_path):
+    from k8scifar.inference import evaluate
+    from k8scifar.results import progress, status
+    from k8scifar.results.summary import describe
+
+    folder, summary = finished
+    record = {"epoch": 2, "train_loss": 1.0, "train_accuracy": 0.5, "pixels": 8, "images_per_second": 9.0}
+    record |= {"test_accuracy": 0.75, "test_loss": 1.25, "test_images": 40}
+    figures = {"accuracy": 0.75, "accuracy_tta": 0.8, "top5": 1.0, "loss": 1.0, "images": 40, "per_class": [1.0]}
+    state = {"state": "training", "nodes": {}, "epoch": 2, "test_accuracy": 0.75}
+    done = {"state": "done", "nodes": {}, "accuracy": 0.75, "epochs": 2}
+    for source, words in (("synthetic:20:20", " on SYNTHETIC images"), ("imagefolder:/synthetic", ""), ("cifar10", "")):
+        data = {"data": {"source": source}}
+        line = {"data": source}
+        assert f"test accuracy 75.00%{words}, with" in describe(summary | data, folder)
+        assert f"test accuracy 75.00%{words} loss" in progress.epoch_line(record | line, 2)
+        assert f"test accuracy 75.00%{words}" in status.describe(folder, state | line, 0.0)
+        assert f"test accuracy 75.00%{words} after" in status.describe(folder, done | data, 0.0)
+        assert f"test accuracy 75.00%{words}, with" in evaluate.describe(figures | line, ["a"])
+        assert report.page(folder, summary | data, None).count("on SYNTHETIC images") == (3 if words else 0)
+
+
 def test_the_page_needs_no_other_file_and_escapes_what_users_write(finished, tiny_data):
     folder, summary = finished
     split = packed.read(tiny_data, require(tiny_data), "test")

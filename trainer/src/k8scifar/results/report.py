@@ -23,7 +23,7 @@ import k8scifar
 from k8scifar.data import packed
 from k8scifar.errors import UserError
 from k8scifar.files import write_atomically
-from k8scifar.results.summary import MARKER, read_summary, with_todays_names
+from k8scifar.results.summary import MARKER, beside, read_summary, with_todays_names
 
 NAME = "report.html"
 PAIRS = 6  # of classes most often taken for each other
@@ -106,6 +106,7 @@ def page(folder: Path, summary: dict[str, Any], split: packed.Split | None) -> s
     return environment.get_template(NAME).render(
         name=folder.resolve().name,
         summary=summary,
+        beside=beside(summary),
         duration=_duration(summary["seconds"]),
         when=times,
         plots=_plots(history, curves, summary),
