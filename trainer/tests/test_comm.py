@@ -115,13 +115,13 @@ def test_replicas_are_bit_identical_and_the_modes_differ(trained):
     assert ranks[0] == ranks[1]
     assert any(line.startswith("averaged ") for line in ranks[0]), "local SGD within an epoch"
     last = {line.split()[0]: line.split()[2] for line in ranks[0] if line.split()[1] == "6"}
-    assert len(last) == 2 * len(MODES) + 4
+    assert len(last) == 2 * len(MODES) + 5
     assert len(set(last.values())) == len(MODES) + 2
 
 
 def test_checkpoint_holds_what_each_mode_carries(trained):
     weights = 11_173_962
-    for mode, expected in [("bf16", None), ("powersgd", (2, 0)), ("local-sgd", (2, 3 * weights))]:
+    for mode, expected in [("bf16", None), ("powersgd", (2, 0)), ("local-sgd", (2, 2 * weights))]:
         (path,) = (trained[0] / mode / "checkpoints").glob(f"step-{CUT_AT:08d}-*.pt")
         saved = checkpoint.load(path)["comm"]
         assert saved["mode"] == mode

@@ -107,3 +107,12 @@ def test_schema_is_closed_and_documents_every_field():
         assert section["additionalProperties"] is False
         for name, field in section["properties"].items():
             assert field.get("description") or "$ref" in field, f"{name} is undocumented"
+
+
+def test_a_configuration_that_a_former_version_wrote_still_loads(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("recipe: demo\nema:\n  decay: 0.0\n")
+    assert loading.load(path).recipe == "demo"
+    path.write_text("recipe: demo\nema:\n  decay: 0.9\n")
+    with pytest.raises(UserError, match="ema is no longer there; leave it out"):
+        loading.load(path)

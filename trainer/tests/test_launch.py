@@ -290,6 +290,7 @@ def test_data_that_another_node_prepares_is_waited_for_in_the_container_and_told
     until(lambda: (tmp_path / "termination-log").exists())
     assert "there is no data set in" in (tmp_path / "termination-log").read_text()
     assert process.poll() is None and attempts(tmp_path) == 0
+    until(lambda: 1 in notes.read(tmp_path / "demo"))
     assert notes.read(tmp_path / "demo")[1]["reason"].startswith("there is no data set in")
     before = (tmp_path / "heartbeat").stat().st_mtime_ns
     until(lambda: (tmp_path / "heartbeat").stat().st_mtime_ns > before)
@@ -393,6 +394,7 @@ def test_a_name_that_does_not_resolve_for_long_is_told_and_waited_for(supervised
     process = supervised("end(0)", nnodes=2, node_rank=1, master_addr="pod-0.nowhere.invalid", restart=True, wait=1.0)
     told = tmp_path / "termination-log"
     until(lambda: told.exists() and "headless Service" in told.read_text())
+    until(lambda: 1 in notes.read(tmp_path / "demo"))
     note = notes.read(tmp_path / "demo")[1]
     assert note["state"] == "failed" and "does not resolve" in note["reason"]
     time.sleep(1.0)
