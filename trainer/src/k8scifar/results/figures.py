@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 
 import matplotlib
 import torch
@@ -14,9 +13,8 @@ from matplotlib.figure import Figure
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be called $\frac
 
-# Colours that stand for the page's own, so that it can be light or dark: `svg` puts CSS variables in their place.
-THEME = {"#0a0b01": "ink", "#0a0b02": "line", "#0a0b03": "first", "#0a0b04": "second", "#0a0b05": "faint"}
-INK, LINE, FIRST, SECOND, FAINT = THEME
+# Colours that can be read on white and on black: the report's page may be either.
+INK, LINE, FIRST, SECOND, FAINT = "#78828f", "#8b95a255", "#3f7fdc", "#d9692f", "#7fa3dc99"
 SERIES = {"each step": (FAINT, 0.8), "training": (FIRST, 1.6), "test": (SECOND, 1.6)}  # colour, line width
 # A blue that shines through, for a background of any colour.
 SHADE = LinearSegmentedColormap.from_list("shade", [(0.15, 0.39, 0.75, 0.0), (0.15, 0.39, 0.75, 1.0)])
@@ -34,16 +32,13 @@ def grid(batch: torch.Tensor, mean: list[float], std: list[float], columns: int 
     return sheet
 
 
-def confusion(matrix: torch.Tensor, classes: list[str], themed: bool = False) -> Figure:
-    """The confusion matrix, int64 [classes, classes] (rows true, columns predicted), in per cent of the true class.
-
-    `themed`: in the colours of THEME, for `svg`.
-    """
+def confusion(matrix: torch.Tensor, classes: list[str]) -> Figure:
+    """The confusion matrix, int64 [classes, classes] (rows true, columns predicted), in per cent of the true class."""
     figure = Figure(figsize=(1.5 + 0.55 * len(classes), 1.2 + 0.5 * len(classes)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     shares = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1) * 100
-    axes.imshow(shares.numpy(), cmap=SHADE if themed else "Blues", vmin=0, vmax=100, interpolation="none")
+    axes.imshow(shares.numpy(), cmap=SHADE, vmin=0, vmax=100, interpolation="none")
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.set_xlabel("predicted")
@@ -51,16 +46,14 @@ def confusion(matrix: torch.Tensor, classes: list[str], themed: bool = False) ->
     for row, values in enumerate(shares.tolist()):
         for column, value in enumerate(values):
             if value >= 0.5:
-                colour = "white" if value > 50 else INK if themed else "black"
-                size = 9 if themed else 7
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=colour)
-    if themed:
-        _theme(axes, size=10)
+                colour = "white" if value > 50 else INK
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
+    _colour(axes, size=10)
     return figure
 
 
 def curves(series: dict[str, list[tuple[float, float]]], percent: bool = False) -> Figure:
-    """Curves over epochs, those of SERIES by name, in the colours of THEME."""
+    """Curves over epochs, those of SERIES by name."""
     figure = Figure(figsize=(4.8, 2.7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -77,27 +70,21 @@ def curves(series: dict[str, list[tuple[float, float]]], percent: bool = False) 
         axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:g} %")
     if len(shown) > 1:
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
-    _theme(axes)
+    _colour(axes)
     return figure
 
 
 def svg(figure: Figure) -> str:
-    """A figure as an <svg> element that takes the colours of THEME from CSS variables; equal for equal figures."""
+    """A figure as an <svg> element without a background; equal for equal figures."""
     content = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "k8scifar"}):
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = content.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r' id="[a-zA-Z]+(_[a-zA-Z0-9]+)+"', "", text)  # groups' names, the same in every figure
-    text = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font: \1px var(--sans)", text)
-    for colour, name in THEME.items():
-        text = text.replace(colour, f"var(--{name})")
-    return text
+    return text[text.index("<svg") :]
 
 
-def _theme(axes, size: int = 8) -> None:
-    """Put an axes' own lines and words into the colours of THEME."""
+def _colour(axes, size: int = 8) -> None:
+    """Give an axes' own lines and words their colours."""
     axes.tick_params(color=LINE, labelcolor=INK, labelsize=size)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=INK, size=size)

@@ -216,7 +216,7 @@ def _plots(history: list[dict[str, Any]], curves: dict[str, Curve], summary: dic
             for title, series in lines.items()
             if any(series.values())
         ]
-        matrix = figures.confusion(torch.tensor(summary["confusion"]), list(summary["per_class"]), themed=True)
+        matrix = figures.confusion(torch.tensor(summary["confusion"]), list(summary["per_class"]))
         made.append({"title": "Confusion matrix", "svg": Markup(figures.svg(matrix))})
     return made
 
