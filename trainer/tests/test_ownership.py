@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import cli_command, run, train_command, weights_hash
 
-from k8scifar.errors import TrainingError, UserError
+from k8scifar.errors import PeerLost, UserError
 from k8scifar.results import ownership
 
 HOLDER = """
@@ -94,7 +94,7 @@ def test_a_second_training_is_refused_with_the_first_ones_name_until_that_is_kil
 def test_a_pod_waits_for_another_of_its_release_and_is_told_of_others(tmp_path, holder, monkeypatch):
     holder(POD_NAME="cifar-0", **{ownership.RELEASE: "lab/cifar"})
     monkeypatch.setenv(ownership.RELEASE, "lab/cifar")
-    with pytest.raises(TrainingError, match="still held by cifar-0"):
+    with pytest.raises(PeerLost, match="still held by cifar-0"):
         ownership.take(tmp_path, False)
     monkeypatch.delenv(ownership.RELEASE)
     with pytest.raises(UserError, match="pod cifar-0 of release cifar in namespace lab"):

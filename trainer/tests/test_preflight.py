@@ -155,6 +155,17 @@ def test_status_of_a_training_that_moves_and_of_one_that_does_not(tmp_path):
     assert time.monotonic() - begun < 30
 
 
+def test_status_of_a_run_that_is_another_release_s(tmp_path, monkeypatch):
+    run = tmp_path / "runs/a"
+    run.mkdir(parents=True)
+    (run / "owner.json").write_text('{"release": "lab/a"}')
+    (run / "summary.json").write_text('{"accuracy": 0.9, "epochs": 1}')
+    monkeypatch.setenv("K8SCIFAR_RELEASE", "team/a")
+    code, said = status(run)
+    assert code == 1
+    assert said.startswith("a: failed: run folder") and "belongs to release a in namespace lab" in said
+
+
 def test_status_of_a_finished_run(tmp_path):
     run = tmp_path / "runs/a"
     run.mkdir(parents=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from k8scifar import files
-from k8scifar.errors import TrainingError, UserError
+from k8scifar.errors import PeerLost, UserError
 
 try:
     import fcntl
@@ -44,7 +44,7 @@ def check_owner(run_dir: Path, adopt: bool) -> None:
 def take(run_dir: Path, adopt: bool) -> None:
     """Make the folder this training's: write its owner, hold its lock until `leave`, or until this process ends.
 
-    A file system without locks is trusted. Raises UserError (another's folder, another training), TrainingError
+    A file system without locks is trusted. Raises UserError (another's folder, another training), PeerLost
     (another pod of this release still holds it) and OSError.
     """
     check_owner(run_dir, adopt)
@@ -91,12 +91,12 @@ def _lock(file: BinaryIO, run_dir: Path) -> None:
     file.flush()
 
 
-def _taken(run_dir: Path) -> UserError | TrainingError:
+def _taken(run_dir: Path) -> UserError | PeerLost:
     """What to say of a folder in which somebody trains."""
     who, here = _read(run_dir / LOCK), os.environ.get(RELEASE, "")
     since = f" since {who['since']}" if who.get("since") else ""
     if here and who.get("release") in (here, "", None):
-        return TrainingError(f"run folder {run_dir} is still held by {who.get('pod') or 'another pod'}{since}")
+        return PeerLost(f"run folder {run_dir} is still held by {who.get('pod') or 'another pod'}{since}")
     name = f"process {who['process']} of {who['host']}" if who.get("process") else "another process"
     if who.get("release"):
         name = f"pod {who['pod']} of release {_named(who['release'])}"

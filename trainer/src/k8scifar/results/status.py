@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from k8scifar.errors import FAILED
-from k8scifar.results import notes
+from k8scifar.errors import FAILED, UserError
+from k8scifar.results import notes, ownership
 from k8scifar.results.summary import beside, read_summary
 
 
@@ -39,6 +39,12 @@ def run(args: argparse.Namespace) -> int:
 
 def look(run_dir: Path) -> dict[str, Any]:
     """The run's state (waiting, training, stopped, failed or done) with what is known about it."""
+    try:
+        ownership.check_owner(run_dir, adopt=False)
+    except UserError as error:
+        return {"state": "failed", "nodes": {}, "reason": str(error)}
+    except OSError:
+        pass  # a volume that is away: what can be read is told below
     nodes = notes.read(run_dir)
     found: dict[str, Any] = {"state": "waiting", "nodes": {str(node): note for node, note in nodes.items()}}
     last = last_epoch(run_dir)
