@@ -30,7 +30,7 @@ import_torchvision()
 from torchvision import models, transforms  # noqa: E402
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """A packed split as PIL images through a transform."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, transform) -> None:
@@ -43,7 +43,7 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
-def datasets(folder: Path, interim: int) -> tuple[Pictures, Pictures]:
+def datasets(folder: Path, interim: int) -> tuple[Images, Images]:
     """Training pictures, augmented, and evenly spaced test pictures."""
     manifest = read_manifest(folder)
     normalise = transforms.Normalize(manifest.mean, manifest.std)
@@ -51,8 +51,8 @@ def datasets(folder: Path, interim: int) -> tuple[Pictures, Pictures]:
     train, test = read(folder, manifest, "train"), read(folder, manifest, "test")
     some = np.arange(min(interim, len(test))) * len(test) // min(interim, len(test))
     return (
-        Pictures(train.images, train.labels, transforms.Compose([*augment, transforms.ToTensor(), normalise])),
-        Pictures(test.images[some], test.labels[some], transforms.Compose([transforms.ToTensor(), normalise])),
+        Images(train.images, train.labels, transforms.Compose([*augment, transforms.ToTensor(), normalise])),
+        Images(test.images[some], test.labels[some], transforms.Compose([transforms.ToTensor(), normalise])),
     )
 
 

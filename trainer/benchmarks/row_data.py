@@ -16,16 +16,16 @@ def measure(options: Options) -> dict:
     from plain_ddp import datasets
     from torch.utils.data import DataLoader
 
-    from k8scifar import memory
-    from k8scifar.data.augment import Pictures
+    from k8scifar.data.augment import Images
     from k8scifar.data.packed import read, read_manifest
+    from k8scifar.training import memory
 
     repetitions, batches, theirs_batches, batch = (1, 2, 2, 20) if options.tiny else (5, 40, 12, 250)
     memory.keep()
     manifest = read_manifest(options.data)
     split = read(options.data, manifest, "train")
     tensors = torch.from_numpy(split.images), torch.from_numpy(split.labels)
-    pictures = Pictures(*tensors, manifest.mean, manifest.std, border=4)
+    pictures = Images(*tensors, manifest.mean, manifest.std, border=4)
     settings = {"flip": True, "translate": 4, "cutout": 0}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -27,7 +27,7 @@ def measure(options: Options) -> dict:
             paths = ["--data-dir", str(options.data), "--runs-dir", folder, "--name", "run"]
             call([*torchrun(2), "-m", "k8scifar", "train", *paths, *chosen])
             summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
-            accuracy[name], pictures = summary["accuracy"], summary["test_pictures"]
+            accuracy[name], pictures = summary["accuracy"], summary["test_images"]
         print(f"  {name}: {accuracy[name]:.2%}", flush=True)
     return {"accuracy": accuracy, "pictures": pictures, "n": 1}
 

@@ -11,9 +11,9 @@ LEVELS = (0.40, 0.50, 0.60, 0.70, 0.75, 0.80, 0.85)
 
 def measure(options: Options) -> dict:
     """Each contender for `minutes` of training, evaluated on the same 2,000 test pictures; that time left out."""
-    from k8scifar import settings
+    from k8scifar.config import loading
     from k8scifar.data.packed import read_manifest
-    from k8scifar.plan import Plan
+    from k8scifar.training.plan import Plan
 
     minutes = 0.02 if options.tiny else options.minutes
     every = "2" if options.tiny else "25"
@@ -21,7 +21,7 @@ def measure(options: Options) -> dict:
     arguments = sets(**small, hardware__threads=1, evaluation__every_epochs=0)
     watched = {"BENCH_EVALUATE": every, "BENCH_MINUTES": str(minutes)}
     # One step less than the recipe has: the end of the run, evaluation and export, is not training.
-    steps = 10**9 if options.tiny else Plan(settings.load(), read_manifest(options.data).counts["train"]).steps - 1
+    steps = 10**9 if options.tiny else Plan(loading.load(), read_manifest(options.data).counts["train"]).steps - 1
     ours = train_steps(options, 2, steps, *arguments, **watched)
     batch = ["--batch", "10"] if options.tiny else []
     theirs = plain(options, 2, *batch, "--evaluate", every, "--minutes", str(minutes))

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 ENTERED = time.time()
@@ -20,8 +21,10 @@ import torch  # noqa: E402
 
 IMPORTED_TORCH = time.time()
 
-from k8scifar import cli, model, parallel, train  # noqa: E402
-from k8scifar.session import Session  # noqa: E402
+from k8scifar import cli  # noqa: E402
+from k8scifar.ranks import agree  # noqa: E402
+from k8scifar.training import loop, model, resume  # noqa: E402
+from k8scifar.training.session import Session  # noqa: E402
 
 IMPORTED = time.time()
 
@@ -62,7 +65,7 @@ class Watch:
         session = self.session
         statistics = session.state.statistics()
         kept = [tensor.clone() for tensor in statistics]
-        parallel.average(statistics, session.world)
+        agree.average(statistics, session.world)
         outcome = session.evaluate(session.plan.pixels(session.state.step - 1), False, lambda: True)
         for tensor, value in zip(statistics, kept, strict=True):
             tensor.copy_(value)
@@ -73,7 +76,7 @@ class Watch:
 def main(out: Path, steps: int, arguments: list[str]) -> None:
     """Train and write what was seen."""
     watch = Watch(steps)
-    meet, save, loop, opened = parallel.meet, Session.save, train.train, Session.__init__
+    meet, save, train, opened = resume.meet, Session.save, loop.train, Session.__init__
 
     def met(world, facts):
         watch.joined = watch.joined or time.time()
@@ -87,25 +90,25 @@ def main(out: Path, steps: int, arguments: list[str]) -> None:
 
     def looping(session, stop):
         watch.session, watch.began = session, time.time()
-        loop(session, stop)
+        train(session, stop)
 
     def opening(session, *rest):
         opened(session, *rest)
         watch.opened = time.time()
 
-    parallel.meet, Session.save, Session.__init__, train.train = met, saving, opening, looping
-    train.touch_heartbeat = watch.step
-    train._keep_going = lambda *_: True
+    resume.meet, Session.save, Session.__init__, loop.train = met, saving, opening, looping
+    loop.heartbeat = types.SimpleNamespace(touch=watch.step)  # the loop touches it after each step
+    loop._keep_going = lambda *_: True
     with contextlib.suppress(Enough):
         cli.main(["train", *arguments])
     session = watch.session
-    if not session.world.leads:
+    if not session.world.is_main:
         return
     started = float(os.environ.get("BENCH_STARTED", ENTERED))
     gpu = session.world.device.type == "cuda"
     pixels = session.plan.pixels(0)
     found = {
-        "mode": session.state.comm.name,
+        "mode": session.state.exchange.name,
         "batch": session.config.global_batch,
         "flops": model.training_flops(session.state.net, pixels),  # a picture, at the first step's resolution
         "precision": session.precision,

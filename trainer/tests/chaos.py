@@ -22,14 +22,14 @@ import yaml
 from conftest import TINY, history
 from pods import NAMES, Group
 
-from k8scifar import checkpoint
 from k8scifar.data.prepare import prepare
+from k8scifar.training import checkpoint
 
 TIMEOUT = 8.0  # seconds that a rank waits for a silent peer, here
 SILENCE = TIMEOUT + 3.0  # how long a fault that must be noticed lasts
 RANK, AGENT = (
-    "-u -m k8scifar.worker",
-    "-m k8scifar.agent",
+    "-u -m k8scifar.launch.worker",
+    "-m k8scifar.launch.agent",
 )  # in their command lines; the agent's tells of the rank's too
 LIMIT = 300.0  # seconds within which any fault must be mended
 

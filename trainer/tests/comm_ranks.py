@@ -16,10 +16,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from k8scifar import checkpoint, wire
 from k8scifar.cli import main
-from k8scifar.comm import LocalSGD
-from k8scifar.session import Session
+from k8scifar.ranks import choice
+from k8scifar.ranks.exchange import LocalSGD
+from k8scifar.training import checkpoint
+from k8scifar.training.session import Session
 
 
 def note(parameters, label: str) -> None:
@@ -57,7 +58,7 @@ def slow(measure):
     def wrapper(*arguments):
         found = measure(*arguments)
         assert min(found.gradients, found.rounded, found.compute) > 0.0
-        return wire.Times(gradients=4.0, rounded=2.0, compute=1.0, exposed=4.0)
+        return choice.Times(gradients=4.0, rounded=2.0, compute=1.0, exposed=4.0)
 
     return wrapper
 
@@ -86,7 +87,7 @@ def run(plan: Path, rank: str) -> int:
 if __name__ == "__main__":
     HASHES = Path(sys.argv[1]).with_name(f"hashes.{os.environ['RANK']}")
     Session.finish_epoch, Session.complete = noted(Session.finish_epoch), noted(Session.complete)
-    wire.measure = slow(wire.measure)
+    choice.measure = slow(choice.measure)
     LocalSGD._average_movement = noted_when_averaged(LocalSGD._average_movement)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     sys.exit(run(Path(sys.argv[1]), os.environ["RANK"]))

@@ -53,8 +53,8 @@ def resnet18():
     """The trainer's network with fresh weights."""
     import torch
 
-    from k8scifar import model
-    from k8scifar.config import Model
+    from k8scifar.config.schema import Model
+    from k8scifar.training import model
 
     torch.manual_seed(0)
     return model.build(Model(), 10)

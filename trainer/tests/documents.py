@@ -18,7 +18,8 @@ import jsonschema
 import yaml
 from conftest import REPOSITORY
 
-from k8scifar import cli, settings
+from k8scifar import cli
+from k8scifar.config import loading
 from k8scifar.errors import UserError
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "chart/docs").glob("*.md"))]
@@ -123,7 +124,7 @@ def make_faults(command: Command) -> list[str]:
     found += [f"nothing reads {name}=" for name in given if name not in VARIABLES]
     for name in ("TESTS", "VALUES"):
         found += [f"there is no file {path}" for path in given.get(name, "").split() if not _exists(path)]
-    if "RECIPE" in given and given["RECIPE"] not in (*settings.recipe_names(), "recipe"):
+    if "RECIPE" in given and given["RECIPE"] not in (*loading.recipe_names(), "recipe"):
         found.append(f"there is no recipe {given['RECIPE']}")
     if "HELM_ARGS" in given:
         found += chart_faults(shlex.split(given["HELM_ARGS"]))
@@ -144,7 +145,7 @@ def trainer_faults(words: list[str]) -> list[str]:
             parser, _, _ = cli._parser(words[0] if words else "")
             args = parser.parse_args(words)
             if words[0] in ("train", "launch"):
-                settings.from_arguments(args)
+                loading.from_arguments(args)
     except SystemExit as end:
         return [told.getvalue().strip().splitlines()[-1]] if end.code else []
     except UserError as error:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import cli, run, weights_hash
 
-from k8scifar import checkpoint
 from k8scifar.cli import main
 from k8scifar.data import packed
 from k8scifar.data.prepare import prepare
+from k8scifar.training import checkpoint
 
 
 def told(stderr: str) -> str:

@@ -155,12 +155,12 @@ def test_configuration_is_immutable_and_named_after_its_content():
 
 
 def test_the_trainer_accepts_its_configuration(tmp_path):
-    from k8scifar import settings
+    from k8scifar.config import loading
 
     text = one(render(*NFS, "--set=train.epochs=7"), "ConfigMap")["data"]["train.yaml"]
     path = tmp_path / "train.yaml"
     path.write_text(text)
-    config = settings.load(path)
+    config = loading.load(path)
     assert (config.epochs, config.name, config.recipe, config.checkpoint.accept_changes) == (7, "cifar", "demo", True)
 
 

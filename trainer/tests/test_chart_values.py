@@ -12,7 +12,7 @@ from chart_helpers import CHART, NFS, container, helm, refused, render, trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from k8scifar import settings as trainer_settings
+from k8scifar.config import loading
 from k8scifar.errors import UserError
 
 pytestmark = pytest.mark.helm
@@ -88,7 +88,7 @@ def test_a_learning_rate_on_the_command_line_reaches_the_trainer(tmp_path):
     objects = render(*NFS, "--set=train.optimizer.lr=0.05")
     path = tmp_path / "train.yaml"
     path.write_text(one(objects, "ConfigMap")["data"]["train.yaml"])
-    assert trainer_settings.load(path).optimizer.lr == 0.05
+    assert loading.load(path).optimizer.lr == 0.05
 
 
 @pytest.mark.parametrize("what", ["schema", "docs"])
@@ -199,7 +199,7 @@ def test_what_the_schema_accepts_for_a_training_key_the_trainer_accepts(path, va
     except jsonschema.ValidationError:
         return
     try:
-        trainer_settings.validate(tree)
+        loading.validate(tree)
     except UserError as error:
         # Rules between two keys are the trainer's (and the templates'), and text for a number has no limits here.
         between = ("micro_batch", "global_batch", "nesterov", "resolution")
@@ -235,7 +235,7 @@ def test_helm_and_the_trainer_agree_on_what_ranks_can_share(nodes, processes, mi
         "nfs": {"server": "192.0.2.1"},
     }
     try:
-        trainer_settings.validate(train | {"distributed": {"world_size": ranks}})
+        loading.validate(train | {"distributed": {"world_size": ranks}})
         fits = True
     except UserError:
         fits = False

@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 
-from k8scifar import checkpoint
-from k8scifar.checkpoint import Damaged, Writer, listed, newest_good
+from k8scifar.training import checkpoint
+from k8scifar.training.checkpoint import Damaged, Writer, listed, newest_good
 
 
 def write(folder, steps, keep=10, best_step=None):

@@ -14,17 +14,20 @@ import yaml
 from comm_ranks import cut
 from conftest import TINY, run, weights_hash
 
-from k8scifar import checkpoint, comm, settings, wire
 from k8scifar.cli import main
-from k8scifar.config import Config
+from k8scifar.config import loading
+from k8scifar.config.schema import Config
 from k8scifar.errors import UserError
-from k8scifar.pulse import Pulse
-from k8scifar.state import check_resumable
-from k8scifar.wire import Choice, Times
+from k8scifar.ranks import choice, exchange
+from k8scifar.ranks.choice import Choice, Times
+from k8scifar.ranks.pulse import Pulse
+from k8scifar.ranks.world import World
+from k8scifar.training import checkpoint
+from k8scifar.training.state import check_resumable
 
 pytestmark = pytest.mark.slow
 
-MODES = ["bf16", "fp16", "powersgd", "local-sgd"]  # test_train.py has allreduce
+MODES = ["bf16", "powersgd", "local-sgd"]  # test_train.py has allreduce
 CUT_AT = 4  # of 6 steps; local SGD averages after steps 3 and 6
 SHORT = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "distributed.local_sgd_steps=3"]
 
@@ -64,11 +67,9 @@ def trained(tmp_path_factory, tiny_data):
     trainings = []
     for mode in MODES:
         sets = [*SHORT, f"distributed.comm={mode}", "log.every_steps=1"]
-        sets += ["ema.decay=0.5"] if mode == "local-sgd" else []
         trainings.append({"name": mode, "sets": [*sets, f"checkpoint.every_steps={CUT_AT}"]})
-        if mode != "fp16":  # the same code as bf16's
-            sets += ["checkpoint.every_steps=5", "log.tensorboard=false"]
-            trainings.append({"name": f"{mode}-resumed", "sets": sets, "cut": mode})
+        sets += ["checkpoint.every_steps=5", "log.tensorboard=false"]
+        trainings.append({"name": f"{mode}-resumed", "sets": sets, "cut": mode})
     sets = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "log.tensorboard=false"]
     few = [*sets, "distributed.local_sgd_steps=1", "optimizer.name=muon"]  # `auto` makes it 4
     shared = [*sets, "optimizer.name=muon", f"checkpoint.every_steps={CUT_AT}"]
@@ -84,7 +85,7 @@ def trained(tmp_path_factory, tiny_data):
     return folder, done.stderr
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "fp16"])
+@pytest.mark.parametrize("mode", MODES)
 def test_resumed_within_an_epoch_equals_undisturbed_bit_for_bit(trained, mode):
     folder, said = trained
     assert weights_hash(folder / f"{mode}-resumed") == weights_hash(folder / mode)
@@ -114,13 +115,13 @@ def test_replicas_are_bit_identical_and_the_modes_differ(trained):
     assert ranks[0] == ranks[1]
     assert any(line.startswith("averaged ") for line in ranks[0]), "local SGD within an epoch"
     last = {line.split()[0]: line.split()[2] for line in ranks[0] if line.split()[1] == "6"}
-    assert len(last) == 2 * len(MODES) + 4
+    assert len(last) == 2 * len(MODES) + 5
     assert len(set(last.values())) == len(MODES) + 2
 
 
 def test_checkpoint_holds_what_each_mode_carries(trained):
     weights = 11_173_962
-    for mode, expected in [("bf16", None), ("powersgd", (2, 0)), ("local-sgd", (2, 3 * weights))]:
+    for mode, expected in [("bf16", None), ("powersgd", (2, 0)), ("local-sgd", (2, 2 * weights))]:
         (path,) = (trained[0] / mode / "checkpoints").glob(f"step-{CUT_AT:08d}-*.pt")
         saved = checkpoint.load(path)["comm"]
         assert saved["mode"] == mode
@@ -149,7 +150,7 @@ def test_time_of_communication_is_on_tensorboard(trained, mode):
 
 def test_one_rank_goes_on_from_a_checkpoint_of_two(trained, tiny_data, tmp_path, capsys):
     cut(trained[0] / "local-sgd", tmp_path / "alone", CUT_AT)
-    sets = [*SHORT, "distributed.comm=local-sgd", "ema.decay=0.5", "log.tensorboard=false"]
+    sets = [*SHORT, "distributed.comm=local-sgd", "log.tensorboard=false"]
     paths = ["--config", str(trained[0] / "tiny.yaml"), "--data-dir", str(tiny_data), "--runs-dir", str(tmp_path)]
     arguments = [*paths, "--name", "alone", *(part for value in sets for part in ("--set", value))]
     assert main(["train", *arguments]) == 0
@@ -159,7 +160,7 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(trained, tiny_data, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("times", "choice"),
+    ("times", "best"),
     [
         (Times(gradients=0.1, rounded=0.1, compute=1.0, exposed=0.04), Choice("allreduce", 8)),
         (Times(gradients=0.9, rounded=0.3, compute=1.0, exposed=0.1), Choice("bf16", 8)),
@@ -170,8 +171,8 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(trained, tiny_data, tmp_path,
         (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.2, updates=0.4), Choice("local-sgd", 8)),
     ],
 )
-def test_auto_takes_the_most_exact_way_that_the_wire_can_bear(times, choice):
-    assert wire.best(wire.predict(times, 8, ranks=2)) == choice
+def test_auto_takes_the_most_exact_way_that_the_wire_can_bear(times, best):
+    assert choice.best(choice.predict(times, 8, ranks=2)) == best
 
 
 def test_powersgd_of_full_rank_is_exact_and_of_low_rank_loses_nothing_for_good(tmp_path):
@@ -182,8 +183,8 @@ def test_powersgd_of_full_rank_is_exact_and_of_low_rank_loses_nothing_for_good(t
             net = torch.nn.Linear(60, 12, bias=False)
             ddp = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
             config = Config(distributed={"powersgd_rank": rank})
-            world = comm.World(0, 1, 0, 1, torch.device("cpu"), "gloo", None, Pulse(0, 1), 60.0)
-            mode = comm.PowerSGD(config, world, ddp, torch.optim.SGD(net.parameters()), None)
+            world = World(0, 1, 0, 1, torch.device("cpu"), "gloo", None, Pulse(0, 1), 60.0)
+            mode = exchange.PowerSGD(config, world, ddp, torch.optim.SGD(net.parameters()))
             left, right = torch.randn(12, 4), torch.randn(4, 60)  # every gradient is of rank 4
             total, sent = torch.zeros(12, 60), torch.zeros(12, 60)
             for scale in (1.0, -0.5, 2.0):
@@ -218,8 +219,8 @@ class Manifest:
     ],
 )
 def test_checkpoint_of_another_mode_is_refused(wanted, saved, ranks, refused):
-    config = settings.load(sets=[f"distributed.comm={wanted}"])
-    old = settings.load(sets=["distributed.comm=auto"]).model_dump(mode="json")
+    config = loading.load(sets=[f"distributed.comm={wanted}"])
+    old = loading.load(sets=["distributed.comm=auto"]).model_dump(mode="json")
     payload = {"data": "data", "step": 5, "config": old, "world_size": ranks, "comm": {"mode": saved}}
     if not refused:
         check_resumable(config, payload, Manifest)
@@ -229,11 +230,11 @@ def test_checkpoint_of_another_mode_is_refused(wanted, saved, ranks, refused):
 
 
 def test_period_that_auto_has_chosen_is_not_changed_by_naming_the_mode():
-    old = settings.load().model_dump(mode="json")
+    old = loading.load().model_dump(mode="json")
     used = {"mode": "local-sgd", "every": 32}
     payload = {"data": "data", "step": 5, "config": old, "world_size": 2, "comm": used}
-    check_resumable(settings.load(), payload, Manifest)
+    check_resumable(loading.load(), payload, Manifest)
     named = ["distributed.comm=local-sgd"]
-    check_resumable(settings.load(sets=[*named, "distributed.local_sgd_steps=32"]), payload, Manifest)
+    check_resumable(loading.load(sets=[*named, "distributed.local_sgd_steps=32"]), payload, Manifest)
     with pytest.raises(UserError, match=r"distributed\.local_sgd_steps 32 -> 8"):
-        check_resumable(settings.load(sets=named), payload, Manifest)
+        check_resumable(loading.load(sets=named), payload, Manifest)

@@ -8,32 +8,32 @@ import pytest
 import yaml
 from conftest import cli
 
-from k8scifar import settings
-from k8scifar.config import Config, Stage, flatten
+from k8scifar.config import loading
+from k8scifar.config.loading import merge
+from k8scifar.config.schema import Config, Stage, flatten
 from k8scifar.errors import UserError
-from k8scifar.settings import merge
 
 
 def test_precedence_defaults_recipe_file_set(tmp_path):
     path = tmp_path / "user.yaml"
     path.write_text("epochs: 7\noptimizer: {momentum: 0.8}\n")
-    assert settings.load(recipe_name="quick").epochs == 26
-    config = settings.load(path, ["optimizer.lr=0.5"], "quick")
+    assert loading.load(recipe_name="quick").epochs == 26
+    config = loading.load(path, ["optimizer.lr=0.5"], "quick")
     assert (config.epochs, config.optimizer.momentum, config.optimizer.lr) == (7, 0.8, 0.5)
-    assert config.label_smoothing == settings.recipe("quick")["label_smoothing"]
+    assert config.label_smoothing == loading.recipe("quick")["label_smoothing"]
     assert config.model.name == "resnet18"
 
 
 def test_file_can_name_its_recipe_and_command_line_wins(tmp_path):
     path = tmp_path / "user.yaml"
     path.write_text("recipe: standard\n")
-    assert settings.load(path).recipe == "standard"
-    assert settings.load(path, recipe_name="quick").recipe == "quick"
+    assert loading.load(path).recipe == "standard"
+    assert loading.load(path, recipe_name="quick").recipe == "quick"
 
 
-@pytest.mark.parametrize("name", settings.recipe_names())
+@pytest.mark.parametrize("name", loading.recipe_names())
 def test_every_recipe_is_valid_and_suits_two_ranks(name):
-    config = settings.load(recipe_name=name, sets=["distributed.world_size=2"])
+    config = loading.load(recipe_name=name, sets=["distributed.world_size=2"])
     assert config.recipe == name
     assert 50_000 % config.global_batch == 0, "each picture exactly once an epoch"
 
@@ -58,7 +58,7 @@ def test_every_recipe_is_valid_and_suits_two_ranks(name):
 )
 def test_mistakes_name_the_key_and_the_remedy(sets, words):
     with pytest.raises(UserError) as caught:
-        settings.load(sets=sets)
+        loading.load(sets=sets)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -75,12 +75,12 @@ def test_bad_files(tmp_path, text, words):
     if words == "epochs: ":
         words = "not YAML"
     with pytest.raises(UserError, match=words):
-        settings.load(path)
+        loading.load(path)
 
 
 def test_missing_file():
     with pytest.raises(UserError, match=r"nowhere\.yaml.*check the path"):
-        settings.load("nowhere.yaml")
+        loading.load("nowhere.yaml")
 
 
 def test_lists_are_replaced_and_mappings_merged():
@@ -98,7 +98,7 @@ def test_fingerprint_sees_what_ranks_must_share_and_nothing_else():
 def test_config_command_prints_what_load_resolves():
     done = cli("config", "--recipe", "quick", "--set", "seed=3")
     assert done.returncode == 0, done.stderr
-    assert Config.model_validate(yaml.safe_load(done.stdout)) == settings.load(sets=["seed=3"], recipe_name="quick")
+    assert Config.model_validate(yaml.safe_load(done.stdout)) == loading.load(sets=["seed=3"], recipe_name="quick")
 
 
 def test_schema_is_closed_and_documents_every_field():
@@ -107,3 +107,12 @@ def test_schema_is_closed_and_documents_every_field():
         assert section["additionalProperties"] is False
         for name, field in section["properties"].items():
             assert field.get("description") or "$ref" in field, f"{name} is undocumented"
+
+
+def test_a_configuration_that_a_former_version_wrote_still_loads(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("recipe: demo\nema:\n  decay: 0.0\n")
+    assert loading.load(path).recipe == "demo"
+    path.write_text("recipe: demo\nema:\n  decay: 0.9\n")
+    with pytest.raises(UserError, match="ema is no longer there; leave it out"):
+        loading.load(path)

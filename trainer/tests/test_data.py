@@ -6,22 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from k8scifar.config import Config
-from k8scifar.data.augment import CUT, PLACE, Pictures, draw, high, low
+from k8scifar.config.schema import Config
+from k8scifar.data.augment import CUT, PLACE, Images, draw, high, low
 from k8scifar.data.order import Order
 from k8scifar.errors import UserError
-from k8scifar.plan import Plan
+from k8scifar.training.plan import Plan
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
 
 @pytest.fixture
-def pictures() -> Pictures:
+def pictures() -> Images:
     images = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return Pictures(images, torch.arange(40) % 10, MEAN, STD, border=4)
+    return Images(images, torch.arange(40) % 10, MEAN, STD, border=4)
 
 
-def plainly(pictures: Pictures, samples: torch.Tensor) -> torch.Tensor:
+def plainly(pictures: Images, samples: torch.Tensor) -> torch.Tensor:
     """What `plain` must give at 32 pixels, computed picture by picture from the stored bytes."""
     border = pictures._border
     bytes_ = pictures._crop(samples, border, border).view(-1, 32, 32, 3).permute(0, 3, 1, 2)
@@ -59,7 +59,7 @@ def test_drop_leaves_out_and_pad_repeats_the_first():
 
 
 def test_batch_larger_than_the_data_is_refused():
-    with pytest.raises(UserError, match="more than the 400 training pictures"):
+    with pytest.raises(UserError, match="more than the 400 training images"):
         _ = Plan(Config(), 400)
 
 
@@ -131,4 +131,4 @@ def test_learning_rate_and_resolution_follow_the_plan():
     assert plan.lr(60) == pytest.approx(1.0)
     assert plan.lr(100) == 0.0
     assert [plan.pixels(step) for step in (0, 49, 50, 99)] == [16, 16, 24, 24]
-    assert plan.pictures_at() == {16: 25_000, 24: 25_000}
+    assert plan.images_at() == {16: 25_000, 24: 25_000}

@@ -93,7 +93,7 @@ def train(arguments):
 def test_a_node_that_comes_again_is_noticed_by_all():
     from torch.distributed import TCPStore
 
-    from k8scifar import meeting
+    from k8scifar.launch import meeting
 
     port = free()
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
@@ -102,7 +102,7 @@ def test_a_node_that_comes_again_is_noticed_by_all():
         [
             PYTHON,
             "-c",
-            f"import time; from k8scifar.meeting import watch; watch('127.0.0.1', {port}, 'JOB'); time.sleep(60)",
+            f"import time;from k8scifar.launch import meeting;meeting.watch('127.0.0.1', {port}, 'JOB');time.sleep(60)",
         ]
     )
     try:
@@ -126,8 +126,8 @@ def test_a_node_that_comes_again_is_noticed_by_all():
 def test_a_node_started_for_another_job_is_told():
     from torch.distributed import TCPStore
 
-    from k8scifar import meeting
     from k8scifar.errors import PeersDiffer
+    from k8scifar.launch import meeting
 
     port = free()
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
@@ -138,7 +138,7 @@ def test_a_node_started_for_another_job_is_told():
 
 
 def test_a_node_that_is_alone_says_so():
-    from k8scifar import meeting
+    from k8scifar.launch import meeting
 
     with pytest.raises(TimeoutError, match="node 0 did not answer"):
         meeting.knock("127.0.0.1", free(), 1, "JOB", 1.0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from k8scifar import model, optim
-from k8scifar.config import Config, Model
+from k8scifar.config.schema import Config, Model
+from k8scifar.training import model, optim
 
 
 def test_resnet18_has_the_published_size_and_cost(resnet18):
@@ -61,16 +61,3 @@ def test_weight_decay_groups(resnet18, decay, vectors):
     assert [group["weight_decay"] for group in groups] == [5e-4, vectors]
     assert all(parameter.ndim > 1 for parameter in groups[0]["params"])
     assert sum(len(group["params"]) for group in groups) == len(list(resnet18.parameters()))
-
-
-def test_weight_average_follows_and_swaps():
-    net = torch.nn.Linear(2, 1)
-    average = optim.WeightAverage(net, 0.75)
-    start = net.weight.detach().clone()
-    with torch.no_grad():
-        net.weight.add_(4.0)
-    average.update()
-    average.swap()
-    torch.testing.assert_close(net.weight.detach(), start + 1.0)
-    average.swap()
-    torch.testing.assert_close(net.weight.detach(), start + 4.0)

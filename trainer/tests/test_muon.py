@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from k8scifar import muon, optim, settings
+from k8scifar.config import loading
+from k8scifar.training import muon, optim
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (64, 64), (48, 16)])
@@ -104,7 +105,7 @@ def test_work_is_divided_evenly_and_counted(resnet18):
 
 
 def test_groups_of_a_network(resnet18):
-    config = settings.load(sets=["optimizer.name=muon", "optimizer.lr=0.2", "optimizer.muon_lr=0.1"])
+    config = loading.load(sets=["optimizer.name=muon", "optimizer.lr=0.2", "optimizer.muon_lr=0.1"])
     optimizer = optim.build(resnet18, config)
     sgd, hidden = optimizer.param_groups[:2], optimizer.param_groups[2]
     assert len(hidden["params"]) == 19

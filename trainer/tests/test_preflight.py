@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from k8scifar import journal, preflight
-from k8scifar.data.prepare import prepare
+from k8scifar.launch import preflight, sockets
+from k8scifar.results import notes
 
 PYTHON = sys.executable
 
@@ -20,7 +20,7 @@ PYTHON = sys.executable
 def check(tmp_path, *arguments, **environment):
     """`k8scifar preflight` on two folders; returns (exit code, the line in the termination message, stderr)."""
     log = tmp_path / "termination-log"
-    command = [PYTHON, "-m", "k8scifar", "preflight", "--min-free=1", "--wait=1"]
+    command = [PYTHON, "-m", "k8scifar", "preflight", "--min-free=1"]
     command += [f"--data-dir={tmp_path}/volume/data", f"--runs-dir={tmp_path}/volume/runs", *arguments]
     environment = os.environ | {"K8SCIFAR_TERMINATION_LOG": str(log)} | environment
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -43,41 +43,13 @@ def test_a_good_machine_passes_and_the_folders_are_made(tmp_path):
     [
         (["--interface=eth77"], 12, "there is no network interface eth77"),
         (["--min-free=999999999"], 16, "lower preflight.freeMiB"),
-        (["--nnodes=2", "--node-rank=1", "--master-addr=a-0.nowhere.invalid"], 10, "a-1.nowhere.invalid does not"),
-        (["--nnodes=2", "--node-rank=1", "--master-addr=nowhere.invalid"], 11, "node 0's name nowhere.invalid"),
         (["--data-dir=/proc/nowhere"], 14, "/proc/nowhere of the dataset volume"),
         (["--runs-dir=/proc/nowhere"], 15, "/proc/nowhere of the checkpoints volume"),
-        (["--only-data"], 19, "node 0 sees none"),
     ],
 )
 def test_each_failure_has_its_own_code_and_says_what_to_do(tmp_path, arguments, code, words):
     found, told, _ = check(tmp_path, *arguments)
     assert (found, words in told) == (code, True), told
-
-
-def test_a_volume_that_is_not_shared_is_found(tmp_path):
-    with pytest.raises(preflight.Problem, match="a hostPath is not shared") as problem:
-        (tmp_path / "data").mkdir()
-        preflight.check_shared(tmp_path / "data", "dataset", rank=1, wait=0.6)
-    assert problem.value.code == 18
-
-
-def test_a_late_node_0_is_waited_for(tmp_path):
-    late = threading.Timer(1.0, preflight.check_shared, (tmp_path, "dataset", 0, 1.0))
-    late.start()
-    preflight.check_shared(tmp_path, "dataset", rank=1, wait=20.0)
-    late.join()
-    assert sorted(os.listdir(tmp_path / ".preflight")) == ["node-0", "node-1"]
-
-
-def test_all_see_the_same_data_or_are_told(tmp_path):
-    prepare(tmp_path / "a", "synthetic:20:20")
-    prepare(tmp_path / "b", "synthetic:30:20")
-    preflight.check_data(tmp_path / "a", tmp_path / "runs", rank=0, wait=1.0)
-    preflight.check_data(tmp_path / "a", tmp_path / "runs", rank=1, wait=1.0)
-    with pytest.raises(preflight.Problem, match="both must mount one dataset volume") as problem:
-        preflight.check_data(tmp_path / "b", tmp_path / "runs", rank=1, wait=0.6)
-    assert problem.value.code == 19
 
 
 def test_a_full_volume_is_found(tmp_path):
@@ -100,7 +72,8 @@ def test_a_folder_of_another_user_is_found_and_its_owner_told():
     try:
         folder.chmod(0o755)  # as a root-squashed export that nobody has given to the pods' user
         script = (
-            "import os, sys; from k8scifar import cli, preflight; os.setgid(1000); os.setuid(1000);"
+            "import locale, os, sys; from k8scifar import cli; from k8scifar.launch import preflight;"
+            "os.setgid(1000); os.setuid(1000);"
             f"sys.exit(cli.main(['preflight', '--data-dir={folder}/data', '--runs-dir={folder}/runs']))"
         )
         done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, check=False)
@@ -109,16 +82,6 @@ def test_a_folder_of_another_user_is_found_and_its_owner_told():
     assert done.returncode == 14, done.stderr
     assert f"user 1000:1000 can't write in {folder} of the dataset volume, owned by 0:0, mode 755" in done.stderr
     assert "chown 1000:1000" in done.stderr and "user.uid" in done.stderr
-
-
-def test_a_finished_run_needs_no_peers(tmp_path):
-    run = tmp_path / "volume/runs/a"
-    run.mkdir(parents=True)
-    (tmp_path / "train.yaml").write_text("name: a\nepochs: 3\n")
-    arguments = ["--nnodes=2", "--node-rank=1", "--master-addr=a-0.nowhere.invalid", f"--config={tmp_path}/train.yaml"]
-    assert check(tmp_path, *arguments)[0] == 10
-    (run / "summary.json").write_text('{"epochs": 3}')
-    assert check(tmp_path, *arguments)[0] == 0
 
 
 def test_a_read_only_volume_is_found(tmp_path):
@@ -148,8 +111,8 @@ def test_tiny_shared_memory_is_found(tmp_path):
 def test_another_cluster_domain_is_guessed(tmp_path):
     resolver = tmp_path / "resolv.conf"
     resolver.write_text("search lab.svc.home.arpa svc.home.arpa home.arpa\nnameserver 10.0.0.1\n")
-    assert "set clusterDomain=home.arpa" in preflight._name_advice("a-0.a.lab.svc.cluster.local", resolver)
-    assert "clusterDomain" not in preflight._name_advice("a-0.a.lab.svc.home.arpa", resolver)
+    assert "set clusterDomain=home.arpa" in sockets.name_advice("a-0.a.lab.svc.cluster.local", resolver)
+    assert "clusterDomain" not in sockets.name_advice("a-0.a.lab.svc.home.arpa", resolver)
 
 
 def status(run_dir, *arguments):
@@ -164,19 +127,24 @@ def test_status_of_a_run_that_has_not_begun(tmp_path):
         1,
         "a: waiting: no node has started to train; look at the pods' init containers\n",
     )
-    journal.write(tmp_path / "runs/a", 0, "waiting")
+    notes.write(tmp_path / "runs/a", 0, "waiting")
     assert status(tmp_path / "runs/a") == (1, "a: waiting: no node has started to train\n")
+    notes.write(tmp_path / "runs/a", 1, "waiting", "there is no data set in /data yet")
+    assert status(tmp_path / "runs/a") == (
+        1,
+        "a: waiting: no node has started to train\n  node 1: waiting (there is no data set in /data yet)\n",
+    )
 
 
 def test_status_of_a_training_that_moves_and_of_one_that_does_not(tmp_path):
     run = tmp_path / "runs/a"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"epoch": 3, "step": 12, "test_accuracy": 0.5}\n{"epoch": 4, "st')
-    journal.write(run, 0, "training")
-    journal.write(run, 1, "failed", "rank 1 died")
+    notes.write(run, 0, "training")
+    notes.write(run, 1, "failed", "rank 1 died")
     code, said = status(run, "--wait=1")
     assert (code, said.splitlines()[0]) == (1, "a: failed: node 1: rank 1 died")
-    journal.write(run, 1, "training")
+    notes.write(run, 1, "training")
     code, said = status(run, "--wait=1")
     assert code == 1
     assert said == "a: training, 3 epoch(s) finished, test accuracy 50.00%; nothing was written in 1 s\n"
@@ -187,12 +155,23 @@ def test_status_of_a_training_that_moves_and_of_one_that_does_not(tmp_path):
     assert time.monotonic() - begun < 30
 
 
+def test_status_of_a_run_that_is_another_release_s(tmp_path, monkeypatch):
+    run = tmp_path / "runs/a"
+    run.mkdir(parents=True)
+    (run / "owner.json").write_text('{"release": "lab/a"}')
+    (run / "summary.json").write_text('{"accuracy": 0.9, "epochs": 1}')
+    monkeypatch.setenv("K8SCIFAR_RELEASE", "team/a")
+    code, said = status(run)
+    assert code == 1
+    assert said.startswith("a: failed: run folder") and "belongs to release a in namespace lab" in said
+
+
 def test_status_of_a_finished_run(tmp_path):
     run = tmp_path / "runs/a"
     run.mkdir(parents=True)
     summary = {"accuracy": 0.9412, "accuracy_tta": 0.95, "epochs": 26, "seconds": 5, "world_size": 2}
     (run / "summary.json").write_text(json.dumps(summary))
-    journal.write(run, 0, "done")
+    notes.write(run, 0, "done")
     assert status(run) == (0, "a: done: test accuracy 94.12% (with flip TTA 95.00%) after 26 epochs\n")
     code, said = status(run, "--json")
     assert code == 0 and json.loads(said)["accuracy"] == 0.9412

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, cli
 
-from k8scifar import settings
 from k8scifar.cli import main
+from k8scifar.config import loading
 from k8scifar.data.prepare import prepare
 
 ARCHIVE = Path(os.environ.get("K8SCIFAR_TEST_ARCHIVE", REPOSITORY.parent / "shared" / "data" / "cifar10-images.tar.gz"))
 
 
-@pytest.mark.parametrize("recipe", settings.recipe_names())
+@pytest.mark.parametrize("recipe", loading.recipe_names())
 def test_recipe_trains_evaluates_and_exports(recipe, tmp_path):
     """One epoch of 120 pictures, with the recipe's own network, resolution, optimiser and augmentation."""
     prepare(tmp_path / "data", "synthetic:120:30")
@@ -25,7 +25,7 @@ def test_recipe_trains_evaluates_and_exports(recipe, tmp_path):
     paths = ("--data-dir", str(tmp_path / "data"), "--runs-dir", str(tmp_path / "runs"))
     assert main(["train", "--recipe", recipe, *small, *paths]) == 0
     summary = json.loads((tmp_path / "runs" / recipe / "summary.json").read_text())
-    assert summary["test_pictures"] == 30
+    assert summary["test_images"] == 30
     assert summary["steps"] == 3
     assert (tmp_path / "runs" / recipe / "model.safetensors").stat().st_size > 40_000_000
 
@@ -49,7 +49,7 @@ def test_two_ranks_learn_the_real_pictures(tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs" / "real" / "summary.json").read_text())
     assert summary["world_size"] == 2
-    assert summary["test_pictures"] == 2000
+    assert summary["test_images"] == 2000
     assert summary["accuracy"] > 0.30
     with tarfile.open(tmp_path / "part.tar") as part:
         ship = next(member for member in part if "test/ship" in member.name)

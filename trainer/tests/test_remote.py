@@ -15,11 +15,11 @@ import pytest
 from conftest import cli
 from test_prepare import paint_folder
 
-from k8scifar.address import public
 from k8scifar.cli import main
 from k8scifar.data import packed, remote
 from k8scifar.data.prepare import prepare
 from k8scifar.errors import TrainingError, UserError
+from k8scifar.urls import public
 
 KEY, SECRET = "AKIAK8SCIFARTEST", "wJalrXUtnFEMIK7MDENGbPxRfiCYSECRETKEY"
 

@@ -13,7 +13,7 @@ import termios
 import pytest
 from conftest import cli_command
 
-from k8scifar import checkpoint
+from k8scifar.training import checkpoint
 
 
 @pytest.fixture

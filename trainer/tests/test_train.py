@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import TINY, cli, history, run, train_command, weights_hash
 
-from k8scifar import checkpoint
+from k8scifar.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ def test_run_folder_holds_what_is_promised(finished):
     assert summary["world_size"] == 2
     assert summary["epochs"] == 2
     assert summary["steps"] == 12
-    assert summary["test_pictures"] == 303
+    assert summary["test_images"] == 303
     assert 0 <= summary["accuracy"] <= 1
     assert 0 <= summary["accuracy_tta"] <= 1
     assert summary["training_flops"] > 0
@@ -89,7 +89,7 @@ def test_tensorboard_holds_every_curve_and_picture(finished):
 def test_log_is_lines_for_people_where_there_is_no_terminal(undisturbed):
     said = undisturbed[1]
     (headline,) = [line for line in said.splitlines() if "world size 2" in line]
-    for word in ("resnet18", "11,173,962 parameters", "cpu fp32", "gloo", "global batch 100", "600 + 303 pictures"):
+    for word in ("resnet18", "11,173,962 parameters", "cpu fp32", "gloo", "global batch 100", "600 + 303 images"):
         assert word in headline
     assert "communication: allreduce; all ranks are on one machine" in said
     assert "step " in said
@@ -178,19 +178,8 @@ def test_finished_run_says_so_and_more_epochs_go_on(finished, train, tmp_path):
     assert weights_hash(folder) != weights_hash(finished)
 
 
-def test_weight_average_is_evaluated_and_survives_resume(train, tmp_path):
-    options = ("--set", "ema.decay=0.8")
-    assert train(2, *options, name="whole").returncode == 0
-    folder = tmp_path / "runs" / "cut"
-    shutil.copytree(tmp_path / "runs" / "whole", folder)
-    (folder / "summary.json").unlink()
-    checkpoint.listed(folder / "checkpoints")[0].unlink()
-    assert train(2, *options, name="cut").returncode == 0
-    assert weights_hash(folder) == weights_hash(tmp_path / "runs" / "whole")
-
-
 def test_evaluation_is_the_same_number_however_it_is_divided(finished, tiny_data):
-    """303 pictures in batches of 64 on 1, 2 and 3 ranks: accuracy, confusion and loss are equal to the last bit."""
+    """303 images in batches of 64 on 1, 2 and 3 ranks: accuracy, confusion and loss are equal to the last bit."""
     results = []
     for ranks in (1, 2, 3):
         done = cli_under_torchrun(
@@ -200,7 +189,7 @@ def test_evaluation_is_the_same_number_however_it_is_divided(finished, tiny_data
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
     assert results[0] == results[1] == results[2]
-    assert results[0]["pictures"] == 303
+    assert results[0]["images"] == 303
     summary = json.loads((finished / "summary.json").read_text())
     assert results[0]["accuracy"] == summary["accuracy"]
     assert results[0]["loss"] == summary["loss"]

@@ -18,7 +18,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 
-from k8scifar import network
+from k8scifar.launch import sockets
 
 # Without the middle ones it calls its maker's servers at every start, which a test should not depend on.
 FLAGS = (
@@ -84,7 +84,7 @@ def complaints(page: webdriver.Chrome) -> list[str]:
 @contextlib.contextmanager
 def tensorboard(folder: Path, seconds: float = 60.0) -> Iterator[str]:
     """TensorBoard for the runs in `folder`; gives its address once it answers. Raises TimeoutError."""
-    port = network.free_port()
+    port = sockets.free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host=127.0.0.1", f"--port={port}"]
     address = f"http://127.0.0.1:{port}/"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:

@@ -10,19 +10,24 @@ import sys
 from pathlib import Path
 
 import k8scifar
-from k8scifar.errors import FAILED, USER_MISTAKE, TrainingError, UserError
+from k8scifar.errors import TrainingError, UserError
 
 # command -> (module, function that adds its options, function that runs it, help)
 COMMANDS = {
     "prepare": ("data.prepare", "add_arguments", "run", "bring a data set into its packed form"),
-    "train": ("train", "add_arguments", "run", "train: one rank, under torchrun or alone"),
-    "launch": ("launch", "add_arguments", "run", "run torchrun on this machine, supervised"),
-    "preflight": ("preflight", "add_arguments", "run", "check names, volumes and network before training"),
-    "status": ("status", "add_arguments", "run", "say from its run folder what a training is doing"),
-    "evaluate": ("evaluate", "add_arguments", "run", "evaluate a trained model on the test pictures"),
-    "report": ("report", "add_arguments", "run", "write the report of a finished run again"),
-    "predict": ("predict", "add_arguments", "run", "classify pictures"),
-    "config": ("settings", "add_config_arguments", "run_config", "print the resolved configuration, or its schema"),
+    "train": ("training.loop", "add_arguments", "run", "train: one rank, under torchrun or alone"),
+    "launch": ("launch.command", "add_arguments", "run", "run torchrun on this machine, supervised"),
+    "preflight": ("launch.preflight", "add_arguments", "run", "check names, volumes and network before training"),
+    "status": ("results.status", "add_arguments", "run", "say from its run folder what a training is doing"),
+    "evaluate": ("inference.evaluate", "add_arguments", "run", "evaluate a trained model on the test images"),
+    "report": ("results.report", "add_arguments", "run", "write the report of a finished run again"),
+    "predict": ("inference.predict", "add_arguments", "run", "classify images"),
+    "config": (
+        "config.loading",
+        "add_config_arguments",
+        "run_config",
+        "print the resolved configuration, or its schema",
+    ),
 }
 
 
@@ -33,12 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         parser, module, run = _parser(argv[0] if argv else "")
         args = parser.parse_args(argv)
         return getattr(module, run)(args) if module else 0
-    except UserError as error:
+    except (UserError, TrainingError) as error:
         _tell(error)
-        return USER_MISTAKE
-    except TrainingError as error:
-        _tell(error)
-        return FAILED
+        return error.code
     except KeyboardInterrupt:
         return 130
 

@@ -1,7 +1,7 @@
 """Faults at chosen points of a training, for tests: on PYTHONPATH of theirs only, so that no user's process has them.
 
-K8SCIFAR_FAULTS is a list like ``rename:step-:kill  call:k8scifar.optim.set_lr:stall=8:1``: where, what, and for which
-rank (any if left out). Each strikes once: it leaves a mark in the folder K8SCIFAR_FAULTS_DIR.
+K8SCIFAR_FAULTS is a list like ``rename:step-:kill  call:k8scifar.training.optim.set_lr:stall=8:1``: where, what, and
+for which rank (any if left out). Each strikes once: it leaves a mark in the folder K8SCIFAR_FAULTS_DIR.
 
 Where: ``write:TEXT`` before a file whose name holds TEXT is renamed into place (its content is then under a temporary
 name), ``rename:TEXT`` just after, ``call:MODULE.FUNCTION`` before a call.

@@ -17,13 +17,13 @@ if source := os.environ.get("STUB_TRAIN"):
             return scope["train"](arguments[1:])
         import argparse
 
-        from k8scifar import launch
         from k8scifar.errors import UserError
+        from k8scifar.launch import command
 
         parser = argparse.ArgumentParser(prog="k8scifar launch")
-        launch.add_arguments(parser)
+        command.add_arguments(parser)
         try:
-            return launch.run(parser.parse_args(arguments[1:]))
+            return command.run(parser.parse_args(arguments[1:]))
         except UserError as error:
             print(f"k8scifar: error: {error}", file=sys.stderr)
             return 2

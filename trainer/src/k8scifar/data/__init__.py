@@ -1,1 +1,4 @@
-"""The data set: sources -> packed files -> the order of samples -> augmented batches."""
+"""The data set: sources -> packed files -> the order of samples -> augmented batches.
+
+May import: the base modules.
+"""

@@ -45,7 +45,7 @@ def low(bits: torch.Tensor, below: int) -> torch.Tensor:
     return (((bits >> 1) & 0x7FFF) * below) >> 15
 
 
-class Pictures:
+class Images:
     """A split on the training device, and batches of it.
 
     Args:
@@ -74,13 +74,13 @@ class Pictures:
         return len(self.labels)
 
     def plain(self, samples: torch.Tensor, pixels: int) -> torch.Tensor:
-        """Pictures as stored, normalised: float32 [n, 3, pixels, pixels], channels last."""
+        """Images as stored, normalised: float32 [n, 3, pixels, pixels], channels last."""
         return self._finish(self._crop(samples, self._border, self._border).float(), pixels)
 
     def augmented(
         self, samples: torch.Tensor, pixels: int, *, seed: int, epoch: int, flip: bool, translate: int, cutout: int
     ) -> torch.Tensor:
-        """Pictures mirrored, shifted (the border reflected) and cut out at random, then resized.
+        """Images mirrored, shifted (the border reflected) and cut out at random, then resized.
 
         Args:
             samples: int64 [n], on the pictures' device.
@@ -143,7 +143,7 @@ class Pictures:
 
 
 def _with_border(images: torch.Tensor, border: int) -> torch.Tensor:
-    """Pictures [n, size, size, 3] with a reflected border on all sides, the outermost pixels not repeated.
+    """Images [n, size, size, 3] with a reflected border on all sides, the outermost pixels not repeated.
 
     By numpy, which copies short strided runs several times as fast as torch, and in chunks that fit a core's cache.
     """

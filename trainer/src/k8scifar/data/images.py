@@ -1,4 +1,4 @@
-"""Pictures from folders and archives in torchvision's ImageFolder layout, and single pictures."""
+"""Images from folders and archives in torchvision's ImageFolder layout, and single pictures."""
 
 from __future__ import annotations
 

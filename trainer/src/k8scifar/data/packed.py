@@ -29,7 +29,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures uint8 [n, height, width, 3] and labels int64 [n]."""
+    """Images uint8 [n, height, width, 3] and labels int64 [n]."""
 
     images: np.ndarray
     labels: np.ndarray

@@ -7,11 +7,11 @@ import re
 import time
 from pathlib import Path
 
-from k8scifar.address import is_address, public
 from k8scifar.console import say
 from k8scifar.data import packed, remote
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import locked, remove_temporary
+from k8scifar.urls import is_address, public
 
 NOTICE = (
     "NOTICE: CIFAR-10 can't be downloaded here, so SYNTHETIC pictures are used instead.\n"

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from k8scifar.address import public
 from k8scifar.console import say
 from k8scifar.errors import TrainingError, UserError
+from k8scifar.urls import public
 
 PREFIX = ".archive-"
 AUTHORIZATION = "K8SCIFAR_HTTP_AUTHORIZATION"  # environment: the value of the header, e.g. "Bearer ..."

@@ -1,0 +1,163 @@
+"""Where a configuration comes from: defaults < recipe < the user's YAML < ``--set`` < the command line's folders.
+
+Imports no torch, so that a mistake shows at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from k8scifar.config.schema import DEFAULT_RECIPE, Config
+from k8scifar.errors import UserError
+
+# Sections that former versions had, with the value under which they did nothing: a config.yaml of theirs still loads.
+REMOVED = {"ema": {"decay": 0.0}}
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """The options that decide a configuration."""
+    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from: {', '.join(recipe_names())}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file laid over the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="one value, repeatable"
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the packed data set (data.dir)")
+    parser.add_argument("--runs-dir", metavar="DIR", help="folder of the run folders (runs_dir)")
+    parser.add_argument("--name", metavar="NAME", help="name of the run, and of its folder (name)")
+
+
+def from_arguments(args: argparse.Namespace) -> Config:
+    """The configuration that a command line asks for. Raises UserError."""
+    named = {"data.dir": args.data_dir, "runs_dir": args.runs_dir, "name": args.name}
+    sets = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    return load(args.config, [*args.sets, *sets], args.recipe)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Command line of `k8scifar config`."""
+    add_arguments(parser)
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of the configuration instead")
+
+
+def run_config(args: argparse.Namespace) -> int:
+    """`k8scifar config`."""
+    if args.schema:
+        json.dump(Config.model_json_schema(), sys.stdout, indent=2)
+        print()
+    else:
+        sys.stdout.write(from_arguments(args).to_yaml())
+    return 0
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` laid upon it, mapping by mapping; lists are replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in the package."""
+    folder = resources.files("k8scifar.config") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The values of one recipe. Raises UserError where there is none of that name."""
+    if name not in recipe_names():
+        raise UserError(f"recipe {name!r} is unknown{_did_you_mean(name, recipe_names())}")
+    return yaml.safe_load((resources.files("k8scifar.config") / "recipes" / f"{name}.yaml").read_text()) or {}
+
+
+def load(path: str | Path | None = None, sets: Iterable[str] = (), recipe_name: str | None = None) -> Config:
+    """Resolve the configuration: defaults < recipe < the YAML file at `path` < `sets` ("key=value").
+
+    Raises UserError, one line for each mistake with the key's path and the nearest valid name.
+    """
+    user = _read_yaml(path) if path else {}
+    for item in sets:
+        user = merge(user, _parse_set(item))
+    chosen = recipe_name or user.get("recipe") or DEFAULT_RECIPE
+    return validate(merge(merge(recipe(str(chosen)), user), {"recipe": str(chosen)}))
+
+
+def validate(values: Mapping[str, Any]) -> Config:
+    """The typed configuration of these values. Raises UserError."""
+    values = _without_removed(values)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("configuration: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values less the keys that former versions had, where they say nothing; else raises UserError."""
+    kept = dict(values)
+    for section, idle in REMOVED.items():
+        if section in kept and kept.pop(section) not in (idle, {}, None):
+            raise UserError(f"configuration: {section} is no longer there; leave it out")
+    return kept
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"configuration file {path}: {error.strerror or error}; check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is not None and not isinstance(values, dict):
+        raise UserError(f"configuration file {path} must hold `key: value` lines, not a {type(values).__name__}")
+    return values or {}
+
+
+def _parse_set(item: str) -> dict[str, Any]:
+    key, equals, text = item.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set {item!r}: write key=value, for example --set optimizer.lr=0.1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {item!r}: the value is not YAML; quote it") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """One validation error as a clause: path, what is wrong, what would be right."""
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {path!r}{_did_you_mean(path, list(_all_keys(Config)))}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    given = repr(error["input"]) if not isinstance(error["input"], dict) else "a mapping"
+    return f"{path} = {given}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _all_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _did_you_mean(name: str, valid: list[str]) -> str:
+    same_leaf = [key for key in valid if key.split(".")[-1] == name.split(".")[-1]]
+    near = same_leaf or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    top = [key for key in valid if "." not in key]
+    return f"; valid names: {', '.join(top)}"

@@ -1,0 +1,303 @@
+"""The configuration: one typed model for everything tunable.
+
+Its keys are a public interface: recipes, a user's YAML file, ``--set key=value`` and the Helm chart's ``train:``
+values all use them; settings.py reads them from there. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from k8scifar.urls import is_address, public
+
+DEFAULT_RECIPE = "demo"
+
+# Keys that decide the weights. A checkpoint resumes under other values of these only if the user says so.
+IDENTITY = (
+    "seed", "epochs", "global_batch", "micro_batch", "last_batch", "label_smoothing", "resolution",
+    "model", "optimizer", "schedule", "augment", "distributed",
+)  # fmt: skip
+IDENTITY_DISTRIBUTED = ("comm", "powersgd_rank", "local_sgd_steps")  # of `distributed`, these only
+COMM = "distributed.comm"
+# Of those, the keys without which a checkpoint makes no sense at all.
+FIXED = ("seed", "global_batch", "last_batch", "model")
+# Keys that may differ from host to host: places, log, what the hardware at hand allows.
+OWN = {
+    "recipe": True, "name": True, "runs_dir": True, "data": True, "log": True,
+    "distributed": {"interface"}, "hardware": {"device", "threads"},
+}  # fmt: skip
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class Stage(_Section):
+    """Train at `pixels` until the fraction `until` of all steps is done."""
+
+    until: float = Field(gt=0.0, le=1.0)
+    """Fraction of all training steps at which this stage ends."""
+    pixels: int = Field(ge=8, le=64)
+    """Height and width of the training images, pixels."""
+
+
+class Model(_Section):
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"] = "resnet18"
+    """torchvision's name of the network."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """`cifar`: 3x3 convolution, stride 1, no max-pool (for 32-pixel images); `imagenet`: torchvision's own."""
+    zero_init: bool = False
+    """Start each residual branch at zero, so that a fresh block passes its input on."""
+    whiten: bool = False
+    """Start the first convolution with the whitening filters of the training images' 3x3 patches (cifar stem)."""
+
+
+class Optimizer(_Section):
+    name: Literal["sgd", "muon"] = "sgd"
+    """`sgd`, or `muon`: the convolutions after the first by Muon, the rest by SGD."""
+    lr: float = Field(0.2, gt=0.0, le=100.0)
+    """Peak learning rate of SGD."""
+    muon_lr: float = Field(0.1, gt=0.0, le=10.0)
+    """Peak learning rate of Muon, of weights whose norm is the square root of their output channels."""
+    muon_iterations: int = Field(5, ge=1, le=10)
+    """Iterations that make a step of Muon orthogonal: more is closer, and dearer."""
+    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    """Momentum."""
+    nesterov: bool = True
+    """Nesterov's form of the momentum."""
+    weight_decay: float = Field(5e-4, ge=0.0, le=1.0)
+    """L2 weight decay, added to the gradient."""
+    decay: Literal["all", "matrices"] = "all"
+    """What decays: `all` parameters, or only `matrices` (convolutions and the classifier; no norms, no biases)."""
+
+
+class Schedule(_Section):
+    """Piecewise linear: `start` x lr rising to lr at `warmup`, then falling to `end` x lr at the last step."""
+
+    warmup: float = Field(0.2, ge=0.0, lt=1.0)
+    """Fraction of all steps at which the learning rate peaks."""
+    start: Fraction = 0.2
+    """Learning rate of the first step, as a fraction of the peak."""
+    end: Fraction = 0.0
+    """Learning rate after the last step, as a fraction of the peak."""
+
+
+class Augment(_Section):
+    flip: bool = True
+    """Mirror every other image, at random."""
+    translate: int = Field(4, ge=0, le=16)
+    """Largest shift in each direction, in pixels of the stored image; the border is reflected."""
+    cutout: int = Field(12, ge=0, le=32)
+    """Side of the square set to the mean, in pixels of the stored image; 0: none."""
+
+
+class Data(_Section):
+    source: str = Field("auto", pattern=r"^(auto|cifar10|synthetic|imagefolder:.+)$")
+    """`auto`, `cifar10`, `synthetic` or `imagefolder:PATH` (a folder, a .tar or .tar.gz of one, or its address)."""
+    dir: str = "data"
+    """Folder of the packed data set."""
+
+    @field_validator("source")
+    @classmethod
+    def _without_credentials(cls, source: str) -> str:
+        """config.yaml, the checkpoints and the report show it."""
+        kind, _, address = source.partition(":")
+        return f"{kind}:{public(address)}" if is_address(address) else source
+
+
+class Evaluation(_Section):
+    every_epochs: int = Field(1, ge=0)
+    """Evaluate after each so many epochs, and always at the end; 0: only at the end."""
+    batch: int = Field(500, ge=1, le=10000)
+    """Test images a forward pass."""
+    interim_images: int = Field(0, ge=0)
+    """Test images used before the end of training (evenly spaced); 0: all. The last evaluation uses all."""
+    tta: bool = True
+    """Report flip test-time augmentation at the last evaluation too."""
+
+
+class Checkpoint(_Section):
+    every_epochs: int = Field(1, ge=1)
+    """Write a checkpoint after each so many epochs, and always at the end."""
+    every_steps: int = Field(0, ge=0)
+    """Also write one each so many steps; 0: never."""
+    every_seconds: float = Field(60.0, ge=0.0)
+    """Also write one when the last is so many seconds old; 0: never."""
+    keep: int = Field(2, ge=1, le=1000)
+    """How many of the newest checkpoints to keep; the best one is kept besides."""
+    adopt: bool = False
+    """Go on in a run folder that another release of the chart made, as its owner from then on."""
+    accept_changes: bool = False
+    """Resume although keys that decide the weights (learning rate, augmentation, micro_batch, ...) have changed."""
+
+
+class Distributed(_Section):
+    world_size: int | None = Field(None, ge=1, le=4096)
+    """Number of ranks there must be; training refuses to start with another. Empty: whatever there is."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Collectives: `auto` is NCCL on GPUs and gloo on CPUs."""
+    interface: str = Field("", pattern=r"^[A-Za-z0-9_.@:-]*$")
+    """Network interface of the collectives, e.g. eth0; empty: the one that this host's name resolves to."""
+    timeout_seconds: float = Field(60.0, ge=5.0, le=86400.0)
+    """How long a rank waits for a peer that is silent before it gives up."""
+    comm: Literal["auto", "allreduce", "bf16", "powersgd", "local-sgd"] = "auto"
+    """How gradients are combined: `allreduce` as they are (float32), rounded to `bf16` (half the bytes), `powersgd`
+    in low rank (a fiftieth), `local-sgd` not at all, but the weights now and then. `auto` times the wire
+    and a step when the ranks meet, and takes the most exact one that keeps the wire from being the limit; never
+    `powersgd`, which costs accuracy."""
+    powersgd_rank: int = Field(4, ge=1, le=64)
+    """Rank of PowerSGD's matrices: more is more exact, and more bytes."""
+    local_sgd_steps: int = Field(8, ge=1, le=10000)
+    """Steps between two averagings of local SGD; on a very slow wire `auto` takes up to four times as many."""
+
+
+class Hardware(_Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto` takes the GPU where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 autocast where every rank has it in hardware, else fp32."""
+    threads: int = Field(0, ge=0, le=1024)
+    """Intra-op threads a rank; 0: the cores divided among the ranks of this machine."""
+    compile: bool = False
+    """Compile the network with torch.compile (pays on GPUs)."""
+
+
+class Log(_Section):
+    every_seconds: float = Field(5.0, gt=0.0, le=3600.0)
+    """Seconds between two progress lines where there is no terminal."""
+    every_steps: int = Field(10, ge=1)
+    """Steps between two points of the step curves on TensorBoard."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+
+class Config(_Section):
+    """Everything tunable in a training run."""
+
+    recipe: str = DEFAULT_RECIPE
+    """Recipe that the other values start from: demo, quick, standard or best."""
+    name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", max_length=63)
+    """Name of the run, and of its folder; empty: the recipe's name."""
+    runs_dir: str = "runs"
+    """Folder of the run folders."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the weights, the order of the samples and the augmentation."""
+    epochs: int = Field(80, ge=1, le=100000)
+    """Passes over the training images."""
+    global_batch: int = Field(500, ge=1, le=65536)
+    """Images an optimiser step, over all ranks."""
+    micro_batch: int = Field(250, ge=1, le=65536)
+    """Images that batch normalisation sees together, whatever the world size."""
+    last_batch: Literal["drop", "pad"] = "drop"
+    """An incomplete last global batch is dropped (other images each epoch), or padded with the epoch's first."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    """Label smoothing of the cross entropy."""
+    resolution: list[Stage] = Field(default_factory=lambda: [Stage(until=1.0, pixels=32)], min_length=1, max_length=64)
+    """Progressive resolution: the stages of training, in order; the last one ends at 1.0."""
+    model: Model = Field(default_factory=Model)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule = Field(default_factory=Schedule)
+    augment: Augment = Field(default_factory=Augment)
+    data: Data = Field(default_factory=Data)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    distributed: Distributed = Field(default_factory=Distributed)
+    hardware: Hardware = Field(default_factory=Hardware)
+    log: Log = Field(default_factory=Log)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}; "
+                f"set micro_batch to {_nearest_divisor(self.global_batch, self.micro_batch)}"
+            )
+        if self.distributed.world_size:
+            check_world_size(self, self.distributed.world_size)
+        ends = [stage.until for stage in self.resolution]
+        if ends != sorted(set(ends)) or ends[-1] != 1.0:
+            raise ValueError(f"resolution: the stages' `until` must rise and end at 1.0, not {ends}")
+        if self.model.whiten and self.model.stem != "cifar":
+            raise ValueError("model.whiten needs model.stem=cifar")
+        if self.micro_batch == 1:
+            raise ValueError("micro_batch must be at least 2: batch normalisation needs more than one image")
+        if self.optimizer.nesterov and self.optimizer.momentum == 0.0:
+            raise ValueError("optimizer.nesterov needs a momentum above 0; set optimizer.nesterov=false")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.runs_dir) / (self.name or self.recipe)
+
+    def identity(self) -> dict[str, Any]:
+        """Flat view, `a.b` -> value, of the keys that decide the weights."""
+        values = self.model_dump(mode="json")
+        values["distributed"] = {key: values["distributed"][key] for key in IDENTITY_DISTRIBUTED}
+        return flatten({key: value for key, value in values.items() if key in IDENTITY})
+
+    def differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Keys that decide the weights and differ from a saved flat view: key -> (saved value, value now).
+
+        A key that an older version did not have, and `distributed.comm` where either side leaves it to be chosen,
+        do not differ.
+        """
+        return {
+            key: (saved[key], value)
+            for key, value in self.identity().items()
+            if key in saved and saved[key] != value and not (key == COMM and "auto" in (saved[key], value))
+        }
+
+    def shared(self) -> dict[str, Any]:
+        """Flat view of the keys that all ranks must have alike; the others may differ from host to host."""
+        return flatten(self.model_dump(mode="json", exclude=OWN))
+
+    def fingerprint(self) -> str:
+        """sha256 (first 16 hex digits) of what decides the result: `identity` and the evaluation."""
+        decides = self.identity() | flatten({"evaluation": self.evaluation.model_dump(mode="json")})
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML text."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raise ValueError unless every rank gets the same number of whole micro-batches."""
+    micro_batches = config.global_batch // config.micro_batch
+    if micro_batches % world_size == 0:
+        return
+    if config.global_batch % world_size:
+        unit = world_size * config.micro_batch
+        fix = f"set global_batch to a multiple of {unit}, e.g. {-(-config.global_batch // unit) * unit}"
+    else:
+        fix = f"set micro_batch to {_nearest_divisor(config.global_batch // world_size, config.micro_batch)}"
+    raise ValueError(
+        f"global_batch {config.global_batch} is {micro_batches} micro-batches of {config.micro_batch}, "
+        f"which {world_size} ranks can't share equally; {fix}"
+    )
+
+
+def _nearest_divisor(number: int, limit: int) -> int:
+    """Largest divisor of `number` that is at most `limit`."""
+    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

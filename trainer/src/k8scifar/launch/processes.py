@@ -1,0 +1,118 @@
+"""Processes of this machine: starting, reaping and killing whole trees.
+
+Standard library only, so that a supervisor that is process 1 of a container stays small. Linux in full; elsewhere
+the parts that need /proc or prctl do less and say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def _prctl(option: int, value: int) -> bool:
+    """Linux prctl(2); False where there is none."""
+    if not sys.platform.startswith("linux"):
+        return False
+    return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0
+
+
+def adopt_orphans() -> bool:
+    """Become the parent of every orphaned descendant (PR_SET_CHILD_SUBREAPER), so that none is lost from sight."""
+    return _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, whose id it was told, dies. Ends at once if it already has."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent and os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+class Child:
+    """A child process that is reaped together with every orphan adopted meanwhile (what process 1 has to do)."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        # Its own session: a terminal's Ctrl-C reaches the supervisor alone, which then stops the child in order.
+        self._popen = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+        self.pid = self._popen.pid
+        self.code: int | None = None
+
+    def poll(self) -> int | None:
+        """Exit status (negative: the signal that killed it), or None while it runs."""
+        for pid, status in reap():
+            if pid == self.pid:
+                self.code = os.waitstatus_to_exitcode(status)
+                self._popen.returncode = self.code  # reaped here, so Popen must not wait for it again
+        return self.code
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait at most so long; the exit status, or None."""
+        end = time.monotonic() + seconds
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.code
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process itself, if it still runs."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill_tree(self, seconds: float = 10.0) -> None:
+        """SIGKILL the child and all its descendants, also those in sessions of their own, and wait for their end."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            alive = set(descendants(os.getpid()))
+            if self.poll() is None:
+                alive.add(self.pid)
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.pid, signal.SIGKILL)
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            self.poll()
+            if not alive:
+                return
+            time.sleep(0.02)
+
+
+def reap() -> list[tuple[int, int]]:
+    """Collect every child that has ended: (process id, wait status)."""
+    ended = []
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid == 0:
+            return ended
+        ended.append((pid, status))
+
+
+def descendants(root: int) -> list[int]:
+    """Process ids of all living descendants of `root`; empty where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue
+        if state not in "ZX":
+            children.setdefault(int(parent), []).append(int(entry.parent.name))
+    found, queue = [], [root]
+    while queue:
+        for pid in children.get(queue.pop(), []):
+            found.append(pid)
+            queue.append(pid)
+    return found

@@ -1,0 +1,16 @@
+"""The termination message: one line that the kubelet keeps of a container's end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def leave_message(text: str, environment: Mapping[str, str]) -> None:
+    """Write one line where the kubelet finds a container's termination message, if this is a container of a pod."""
+    named = environment.get("K8SCIFAR_TERMINATION_LOG")
+    path = Path(named or "/dev/termination-log")
+    with contextlib.suppress(OSError):
+        if text and (named or path.exists()):
+            path.write_text(f"{text[:1000]}\n")

@@ -1,0 +1,167 @@
+"""Which way of communicating fits: the wire and the step are timed when the ranks meet, once in a run.
+
+The choice is part of the mathematics, so it is kept: a run that resumes at the same world size goes on in the mode
+that its checkpoint names, however fast the wire is by then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from k8scifar.config.schema import Config
+from k8scifar.ranks.exchange import KINDS, SharesWork
+from k8scifar.ranks.world import World
+
+GOOD = 0.95  # of the fastest choice's speed is enough: the most exact choice that promises it is taken
+STRETCH = (1, 2, 4)  # times distributed.local_sgd_steps between two averagings
+PATIENCE = 1.0  # seconds; a trial of the wire that takes longer is not repeated
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mode of exchange.KINDS, and the steps between two averagings of local SGD."""
+
+    mode: str
+    every: int
+
+    def __str__(self) -> str:
+        return f"{self.mode} each {self.every} steps" if self.mode == "local-sgd" else self.mode
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds, of the slowest rank."""
+
+    gradients: float  # an all-reduce of all gradients, float32
+    rounded: float  # the same in bfloat16, rounding and return included
+    compute: float  # forward and backward of a step, nothing sent
+    exposed: float  # what the float32 all-reduce, bucket by bucket beside the backward pass, adds to that
+    updates: float = 0.0  # Muon's directions of all weights, on one rank
+
+
+def choose(
+    config: Config, world: World, kept: dict[str, Any] | None, parameters: int, measure: Callable[[], Times]
+) -> tuple[Choice, str]:
+    """How to communicate and why, the same on all ranks; collective.
+
+    Args:
+        kept: what the checkpoint that is resumed says of it, if that is of this world size.
+        measure: called where neither the configuration nor the checkpoint nor the ranks' places decide.
+    """
+    wanted, every = config.distributed.comm, config.distributed.local_sgd_steps
+    if wanted != "auto":
+        return Choice(wanted, every), "as distributed.comm says"
+    if world.size == 1:
+        return Choice("allreduce", every), "one rank"
+    if kept and kept["mode"] in KINDS:
+        return Choice(kept["mode"], kept.get("every", every)), "kept from the checkpoint, not measured again"
+    if world.local_size == world.size:
+        return Choice("allreduce", every), "all ranks are on one machine"
+    times = measure()
+    steps = predict(times, every, world.size)
+    index = torch.tensor([list(steps).index(best(steps))])
+    dist.broadcast(index, 0, group=world.host_group)
+    told = ", ".join(f"{choice} {seconds:.2f}" for choice, seconds in steps.items())
+    told_updates = f", Muon's directions {times.updates:.2f} s" if times.updates else ""
+    why = (
+        f"an all-reduce of the gradients ({4e-6 * parameters:.1f} MB) takes {times.gradients:.2f} s, rounded "
+        f"{times.rounded:.2f} s; forward and backward take {times.compute:.2f} s, with the all-reduce beside them "
+        f"{times.compute + times.exposed:.2f} s{told_updates}; predicted seconds a step: {told}"
+    )
+    return list(steps)[index.item()], why
+
+
+def predict(times: Times, every: int, ranks: int) -> dict[Choice, float]:
+    """Seconds a step of each choice, SGD left out; not in powersgd, which costs accuracy: a user's choice.
+
+    `every`: fewest steps between two averagings of local SGD.
+    """
+    hidden = max(times.gradients - times.exposed, 0.0)
+    share = min(times.exposed / times.gradients, 1.0)  # what is not hidden: where cores are few, gloo's own work
+    rounded = max(times.rounded - hidden, share * times.rounded)
+    # Muon's directions are divided among the ranks and exchanged in 16 bits; under local SGD each rank has its own.
+    divided = times.updates / ranks + (times.rounded if times.updates else 0.0)
+    seconds = {Choice("allreduce", every): times.exposed + divided, Choice("bf16", every): rounded + divided}
+    for stretch in STRETCH:
+        seconds[Choice("local-sgd", stretch * every)] = times.updates + times.rounded / (stretch * every)
+    return {choice: times.compute + extra for choice, extra in seconds.items()}
+
+
+def best(steps: dict[Choice, float]) -> Choice:
+    """The most exact choice that is nearly as fast as the fastest."""
+    fastest = min(steps.values())
+    return next(choice for choice, seconds in steps.items() if fastest >= GOOD * seconds)
+
+
+def measure(
+    ddp: DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    micro_batches: int,
+    precision: str,
+    world: World,
+) -> Times:
+    """Time the wire and a step of `micro_batches` batches like this one; collective. Leaves the model as it was."""
+    buffers = [(buffer, buffer.clone()) for buffer in ddp.buffers()]
+
+    def step(net: nn.Module) -> None:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = net(inputs)
+        F.cross_entropy(logits.float(), labels).backward()
+
+    step(ddp.module)  # the first is slower
+    compute = _slowest(min(_seconds(lambda: step(ddp.module), world) for _ in range(2)), world)
+    beside = _repeated(lambda: step(ddp), world, compute)
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    ddp.zero_grad(set_to_none=False)
+    flat = torch.zeros(sum(parameter.numel() for parameter in ddp.parameters()), device=world.device)
+
+    def rounded() -> None:
+        small = flat.bfloat16()
+        dist.all_reduce(small)
+        flat.copy_(small)
+
+    gradients = _repeated(lambda: dist.all_reduce(flat), world)
+    exposed, updates = max(beside - compute, 0.0), 0.0
+    if isinstance(optimizer, SharesWork):
+        updates = _repeated(optimizer.rehearse, world)
+    return Times(gradients, _repeated(rounded, world), micro_batches * compute, exposed, updates)
+
+
+def _repeated(work: Callable[[], Any], world: World, known: float = 0.0) -> float:
+    """Seconds of the slowest rank; the least of three trials unless the first takes PATIENCE more than `known`."""
+    first = _slowest(_seconds(work, world), world)
+    if first > PATIENCE + known:
+        return first
+    return min(first, *(_slowest(_seconds(work, world), world) for _ in range(2)))
+
+
+def _seconds(work: Callable[[], Any], world: World) -> float:
+    _settle(world)
+    begun = time.perf_counter()
+    work()
+    _settle(world)
+    return time.perf_counter() - begun
+
+
+def _settle(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _slowest(seconds: float, world: World) -> float:
+    value = torch.tensor([seconds], dtype=torch.float64)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=world.host_group)
+    return value.item()

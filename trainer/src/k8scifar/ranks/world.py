@@ -1,0 +1,154 @@
+"""The world of ranks: how this process joins it, and what it is in it.
+
+torchrun's environment says who is who; without it a process is a world of one. Collectives are NCCL on GPUs and gloo
+on CPUs; small host-side agreements always go over gloo, so that they never wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from k8scifar import machine
+from k8scifar.config.schema import Config, check_world_size
+from k8scifar.errors import PeerLost, RankError, UserError
+from k8scifar.ranks.pulse import Pulse, first_line
+
+PEER_FAILURES = ("gloo", "nccl", "connection", "timed out", "timeout", "pair closure", "socket", "broken pipe")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    backend: str
+    host_group: Any  # gloo group for host-side agreements; None: the default group is gloo
+    pulse: Pulse
+    timeout: float  # seconds that a collective waits for a silent rank
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def join(config: Config) -> Iterator[World]:
+    """Join the process group that torchrun's environment describes; leave it at the end.
+
+    Raises UserError where the environment makes no sense, TrainingError where peers do not come in time, and in place
+    of any failure of a collective, naming the rank that it waited for as far as can be told.
+    """
+    rank, size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
+    local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
+    device = _device(config, local_rank)
+    torch.set_num_threads(config.hardware.threads or max(1, machine.usable_cpus() // local_size))
+    if config.distributed.interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = config.distributed.interface
+    backend = config.distributed.backend
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.distributed.timeout_seconds)
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
+    try:
+        dist.init_process_group(backend, timeout=timeout, **alone)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise PeerLost(f"rank {rank} of {size} could not join its peers: {first_line(error)}") from None
+    pulse = Pulse(rank, size)
+    try:
+        group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
+        yield World(rank, size, local_rank, local_size, device, backend, group, pulse, timeout.total_seconds())
+    except RuntimeError as error:
+        if size == 1 or not is_peer_failure(error):
+            raise
+        # The process group is left as it is: taking it down would wait for the peer that is lost.
+        raise PeerLost(f"rank {rank} gave up: {pulse.blame(error)}") from None
+    except BaseException:
+        _part()
+        raise
+    else:
+        _part()
+    finally:
+        pulse.stop()
+
+
+def _part() -> None:
+    """Leave the process group. Its destructor holds the GIL and waits for a gloo thread that may want it."""
+    time.sleep(0.1)  # so the threads of gloo get it first, to let go of their last collective's tensors
+    dist.destroy_process_group()
+
+
+def check_size(config: Config) -> None:
+    """Raise UserError unless there are as many ranks as the configuration says, and they can share a global batch."""
+    size, wanted = _integer("WORLD_SIZE", 1), config.distributed.world_size
+    if wanted and wanted != size:
+        raise UserError(
+            f"WORLD_SIZE is {size}, but distributed.world_size is {wanted}; start {wanted} ranks "
+            f"(torchrun --nnodes and --nproc-per-node), or set distributed.world_size={size}"
+        )
+    try:
+        check_world_size(config, size)
+    except ValueError as error:
+        raise UserError(f"configuration: {error}") from None
+
+
+def resolve_precision(config: Config, world: World) -> str:
+    """`bf16` or `fp32`; `auto` is bf16 where every rank has it in hardware."""
+    if config.hardware.precision != "auto":
+        return config.hardware.precision
+    able = torch.tensor([int(_has_bf16(world.device))])
+    dist.all_reduce(able, dist.ReduceOp.MIN, group=world.host_group)
+    return "bf16" if able.item() else "fp32"
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether an error means that a collective could not be finished: a peer died, fell silent or was cut off."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in PEER_FAILURES)
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(f"environment variable {name} is {text!r}, not a number; start the ranks with torchrun")
+    return int(text)
+
+
+def _device(config: Config, local_rank: int) -> torch.device:
+    if config.hardware.device == "cpu" or (config.hardware.device == "auto" and not torch.cuda.is_available()):
+        if config.distributed.backend == "nccl":
+            raise UserError("distributed.backend=nccl needs GPUs, and this rank trains on the CPU; set it to auto")
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("hardware.device=cuda, but torch sees no GPU here; set hardware.device=cpu, or mend the driver")
+    if local_rank >= torch.cuda.device_count():
+        raise RankError(
+            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            "lower --nproc-per-node, or set hardware.device=cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere; older ones only emulate it
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False

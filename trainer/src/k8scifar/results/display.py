@@ -1,0 +1,74 @@
+"""What people see of a training as it goes: progress on stderr, curves on TensorBoard; on rank 0 alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from k8scifar.config.schema import Config
+from k8scifar.data.packed import Manifest
+from k8scifar.results.progress import Progress
+from k8scifar.results.tensorboard import Board
+
+
+class Steps(Protocol):
+    """How many steps there are."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+
+class Display:
+    """A run's progress line and curves; where it is not `shown`, nothing is."""
+
+    def __init__(self, config: Config, manifest: Manifest, plan: Steps, first_step: int, shown: bool) -> None:
+        self._config, self._manifest, self._plan = config, manifest, plan
+        self._shown, self._first = shown, first_step
+        self._progress = Progress(plan.steps, first_step, config.log.every_seconds, shown)
+        self.write = self._progress.write
+        self.board = Board(config.run_dir if shown and config.log.tensorboard else None, first_step, self.write)
+        self.resume(first_step)
+
+    def resume(self, step: int) -> None:
+        """Take the rate from here on: what came before (an evaluation, a checkpoint) was no step."""
+        self._since, self._since_time = step, time.monotonic()
+
+    def step(
+        self, step: int, loss: torch.Tensor, lr: float, inputs: torch.Tensor, seconds: Callable[[], dict[str, float]]
+    ) -> None:
+        """Show that `step` steps are done, where that is due.
+
+        Args:
+            loss: of the step, on this rank; float64 scalar.
+            inputs: the last micro-batch, [n, 3, height, width].
+            seconds: tells where the time since the last point of the curves went.
+        """
+        if not self._shown:
+            return
+        is_first = step == self._first + 1
+        curves_due = step % self._config.log.every_steps == 0 or is_first
+        if self._progress.due or curves_due:
+            now = time.monotonic()
+            rate = (step - self._since) * self._config.global_batch / max(now - self._since_time, 1e-9)
+            if self._progress.due:
+                self._progress.step(step, step / self._plan.steps_per_epoch, loss.item(), lr, rate)
+            if curves_due:
+                self.board.step(step, loss.item(), lr, rate, seconds())
+                self._since, self._since_time = step, now
+        if is_first or step % self._plan.steps_per_epoch == 0:
+            self.board.inputs(inputs, self._manifest, step)
+
+    def text(self, name: str, text: str) -> None:
+        """A text on TensorBoard."""
+        self.board.text(name, text)
+
+    def close(self) -> None:
+        """Finish what is being written, and leave the terminal as it was."""
+        self.board.close()
+        self._progress.close()

@@ -1,0 +1,105 @@
+"""Images for TensorBoard and the report: input grids, curves, the confusion matrix, the worst mistakes."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import matplotlib
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+matplotlib.rcParams["text.parse_math"] = False  # a class may be called $\frac
+
+# Colours that can be read on white and on black: the report's page may be either.
+INK, LINE, FIRST, SECOND, FAINT = "#78828f", "#8b95a255", "#3f7fdc", "#d9692f", "#7fa3dc99"
+SERIES = {"each step": (FAINT, 0.8), "training": (FIRST, 1.6), "test": (SECOND, 1.6)}  # colour, line width
+# A blue that shines through, for a background of any colour.
+SHADE = LinearSegmentedColormap.from_list("shade", [(0.15, 0.39, 0.75, 0.0), (0.15, 0.39, 0.75, 1.0)])
+
+
+def grid(batch: torch.Tensor, mean: list[float], std: list[float], columns: int = 8) -> torch.Tensor:
+    """Normalised images [n, 3, h, w] as one image, float32 [3, H, W] in 0..1."""
+    images = batch.float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    n, _, height, width = images.shape
+    rows = math.ceil(n / columns)
+    sheet = torch.ones(3, rows * (height + 2), columns * (width + 2))
+    for index, image in enumerate(images.clamp(0, 1)):
+        top, left = (index // columns) * (height + 2), (index % columns) * (width + 2)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
+
+
+def confusion(matrix: torch.Tensor, classes: list[str]) -> Figure:
+    """The confusion matrix, int64 [classes, classes] (rows true, columns predicted), in per cent of the true class."""
+    figure = Figure(figsize=(1.5 + 0.55 * len(classes), 1.2 + 0.5 * len(classes)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shares = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1) * 100
+    axes.imshow(shares.numpy(), cmap=SHADE, vmin=0, vmax=100, interpolation="none")
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    for row, values in enumerate(shares.tolist()):
+        for column, value in enumerate(values):
+            if value >= 0.5:
+                colour = "white" if value > 50 else INK
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
+    _colour(axes, size=10)
+    return figure
+
+
+def curves(series: dict[str, list[tuple[float, float]]], percent: bool = False) -> Figure:
+    """Curves over epochs, those of SERIES by name."""
+    figure = Figure(figsize=(4.8, 2.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shown = {name: points for name, points in series.items() if points}
+    for name, points in shown.items():
+        colour, width = SERIES[name]
+        marker = "o" if len(points) <= 40 else None
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, marker=marker, markersize=3, label=name)
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(color=LINE, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:g} %")
+    if len(shown) > 1:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    _colour(axes)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an <svg> element without a background; equal for equal figures."""
+    content = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "k8scifar"}):
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = content.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _colour(axes, size: int = 8) -> None:
+    """Give an axes' own lines and words their colours."""
+    axes.tick_params(color=LINE, labelcolor=INK, labelsize=size)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=INK, size=size)
+    for spine in axes.spines.values():
+        spine.set_color(LINE)
+
+
+def mistakes(images: torch.Tensor, titles: list[str], columns: int = 8) -> Figure:
+    """Images uint8 [n, h, w, 3], each under its title."""
+    rows = max(1, math.ceil(len(images) / columns))
+    figure = Figure(figsize=(columns * 1.3, rows * 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.axis("off")
+        if index < len(images):
+            axes.imshow(images[index])
+            axes.set_title(titles[index], fontsize=7)
+    return figure

@@ -1,0 +1,70 @@
+"""Progress for people: a bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from k8scifar.results.summary import beside
+
+
+class Progress:
+    """Shows one run's progress on stderr; `shown` is False on ranks that stay silent."""
+
+    def __init__(self, steps: int, first: int, every_seconds: float, shown: bool) -> None:
+        self._steps, self._every, self._shown = steps, every_seconds, shown
+        self._start = self._last_time = time.monotonic()
+        self._first = first
+        self._bar = None
+        if shown and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, leave=False)
+
+    @property
+    def due(self) -> bool:
+        """Whether a line should be shown now."""
+        return self._shown and (self._bar is not None or time.monotonic() - self._last_time >= self._every)
+
+    def step(self, step: int, epoch: float, loss: float, lr: float, images_per_second: float) -> None:
+        """Show that `step` steps are done."""
+        now = time.monotonic()
+        left = (now - self._start) / max(1, step - self._first) * (self._steps - step)
+        self._last_time = now
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(f"epoch {epoch:.2f} loss {loss:.3f} {images_per_second:,.0f} img/s")
+        elif self._shown:
+            self.write(
+                f"step {step}/{self._steps} epoch {epoch:.2f} loss {loss:.4f} lr {lr:.4f} "
+                f"{images_per_second:,.0f} images/s, {_minutes(left)} left"
+            )
+
+    def write(self, text: str) -> None:
+        """A line of its own."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._shown:
+            print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """An epoch's record in one line."""
+    test = ""
+    if "test_accuracy" in record:
+        test = f", test accuracy {record['test_accuracy']:.2%}{beside(record)} loss {record['test_loss']:.4f}"
+        test += f" ({record['test_images']:,} images)"
+    return (
+        f"epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.4f} accuracy "
+        f"{record['train_accuracy']:.2%}{test}, {record['pixels']} pixels, {record['images_per_second']:,.0f} images/s"
+    )

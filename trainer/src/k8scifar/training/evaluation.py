@@ -1,0 +1,121 @@
+"""Exact evaluation, however the test images divide among the ranks.
+
+The images are cut into batches that do not depend on the world size; rank r takes batches r, r + W, ... The metrics
+are torchmetrics', reduced over the ranks by sums of counts. Sums over images are taken in image order once every
+rank's part is in place, so that the loss, too, is the same number for every world size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from k8scifar.data.augment import Images
+from k8scifar.ranks.world import World
+from k8scifar.results.outcome import Outcome
+
+
+class Stopped(Exception):
+    """The ranks agreed to stop in the midst of an evaluation."""
+
+
+def evaluate(
+    net: nn.Module,
+    images: Images,
+    world: World,
+    *,
+    classes: int,
+    pixels: int,
+    batch: int,
+    limit: int = 0,
+    tta: bool = False,
+    precision: str = "fp32",
+    keep_going: Callable[[], bool] = lambda: True,
+) -> Outcome:
+    """Evaluate `net` on `images`; collective, and the same on all ranks.
+
+    Args:
+        pixels: resolution of the images, the one last trained at.
+        batch: images a forward pass.
+        limit: use only so many images, evenly spaced; 0: all.
+        tta: also report the accuracy of the mean of the logits of an image and its mirror image.
+        keep_going: asked before each round of batches by all ranks; False on all ranks stops.
+
+    Raises:
+        Stopped: `keep_going` said so.
+    """
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+    device, total = world.device, len(images)
+    count = min(limit, total) if limit else total
+    samples = (torch.arange(count) * total // count).to(device)
+    top = min(5, classes)
+    plain = MulticlassAccuracy(classes, average="micro").to(device)
+    top5 = MulticlassAccuracy(classes, average="micro", top_k=top).to(device)
+    each = MulticlassAccuracy(classes, average="none").to(device)
+    confusion = MulticlassConfusionMatrix(classes).to(device)
+    mirrored = MulticlassAccuracy(classes, average="micro").to(device)
+    kept = _per_image_metric(count).to(device)
+    was_training = net.training
+    net.eval()
+    try:
+        places = torch.arange(count, device=device).split(batch)
+        for first in range(0, len(places), world.size):
+            if not keep_going():
+                raise Stopped
+            if first + world.rank >= len(places):
+                continue
+            at = places[first + world.rank]
+            labels = images.labels[samples[at]]
+            inputs = images.plain(samples[at], pixels)
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = net(inputs).float()
+                both = (logits + net(inputs.flip(3)).float()) / 2 if tta else None
+            for metric in (plain, top5, each, confusion):
+                metric.update(logits, labels)
+            kept.update(at, F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1))
+            if both is not None:
+                mirrored.update(both, labels)
+    finally:
+        net.train(was_training)
+    with warnings.catch_warnings():  # a rank without images has updated no metric: that is no news
+        warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
+        losses, predictions = kept.compute()
+        figures = {
+            "accuracy": plain.compute().item(),
+            "top5": top5.compute().item(),
+            "loss": losses.mean().item(),
+            "per_class": [round(value, 6) for value in each.compute().tolist()],
+            "images": count,
+        }
+        if tta:
+            figures["accuracy_tta"] = mirrored.compute().item()
+        matrix = confusion.compute()
+    return Outcome(figures, samples.cpu(), losses.cpu(), predictions.cpu(), matrix.cpu())
+
+
+def _per_image_metric(count: int) -> Any:
+    """A torchmetrics Metric of dense arrays: each image's place is filled by one rank, and sums join them exactly."""
+    from torchmetrics import Metric
+
+    class PerImage(Metric):
+        full_state_update = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("losses", torch.zeros(count, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state("predictions", torch.zeros(count, dtype=torch.int64), dist_reduce_fx="sum")
+
+        def update(self, at: torch.Tensor, losses: torch.Tensor, predictions: torch.Tensor) -> None:
+            self.losses[at] = losses.double()
+            self.predictions[at] = predictions
+
+        def compute(self) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.losses, self.predictions
+
+    return PerImage()

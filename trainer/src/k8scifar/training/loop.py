@@ -1,0 +1,157 @@
+"""The training loop: read `train` from top to bottom and nothing is hidden."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from k8scifar import heartbeat
+from k8scifar.config import loading
+from k8scifar.console import say
+from k8scifar.data.prepare import require
+from k8scifar.errors import PREEMPTED
+from k8scifar.ranks.agree import Agreement
+from k8scifar.ranks.world import check_size, join
+from k8scifar.results import ownership
+from k8scifar.results.summary import describe
+from k8scifar.training import memory, model, optim
+from k8scifar.training.evaluation import Stopped
+from k8scifar.training.plan import Plan
+from k8scifar.training.resume import find
+from k8scifar.training.session import Session
+
+add_arguments = loading.add_arguments
+
+
+class Preempted(Exception):
+    """SIGTERM came; the state is saved."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """`k8scifar train`: one rank."""
+    config = loading.from_arguments(args)
+    memory.keep()
+    check_size(config)
+    manifest = require(Path(config.data.dir))
+    plan = Plan(config, manifest.counts["train"])
+    with join(config) as world:
+        finished, checkpoint = find(config, manifest, world)
+        if finished:
+            if world.is_main:
+                say(f"already finished: {describe(finished, config.run_dir)}")
+            return 0
+        session = Session(config, manifest, plan, world, checkpoint)
+        try:
+            with _sigterm() as stop:
+                train(session, stop)
+            session.complete()
+        except Preempted:
+            session.display.write(f"stopped by SIGTERM at step {session.state.step}; saved; the same command resumes")
+            return PREEMPTED
+        finally:
+            session.close()
+            ownership.leave()
+    return 0
+
+
+def train(session: Session, stop: threading.Event) -> None:
+    """Train to the last step; collective. Raises Preempted once `stop` is set on any rank and the state is saved."""
+    config, world, state, plan = session.config, session.world, session.state, session.plan
+    clock, agreement, images = session.clock, session.agreement, session.train_images
+    first_layer = next(state.net.parameters())  # backward reaches it last: what follows is waiting for the ranks
+
+    def computed(_: torch.Tensor) -> None:
+        clock.mark("communication")
+        world.pulse.arrive()
+
+    hook = first_layer.register_post_accumulate_grad_hook(computed)
+    share, share_epoch = None, -1
+    bad = False
+    while True:
+        # The end of an epoch: evaluate, record, save.
+        if session.epoch_is_over:
+            try:
+                session.finish_epoch(lambda: _keep_going(agreement, stop))
+            except Stopped:
+                session.save(must=True)
+                raise Preempted from None
+            done = state.step == plan.steps
+            if done or len(state.history) % config.checkpoint.every_epochs == 0:
+                session.save(must=done)
+            session.display.resume(state.step)
+        if state.step >= plan.steps:
+            hook.remove()
+            return
+
+        # One step: this rank's micro-batches of the global batch.
+        agreement.begin(stop=stop.is_set(), save=session.wants_checkpoint, bad=bad)
+        epoch, step_in_epoch = divmod(state.step, plan.steps_per_epoch)
+        if share_epoch != epoch:
+            share, share_epoch = plan.order.share(epoch, world.rank, world.size).to(world.device), epoch
+        pixels, lr = plan.pixels(state.step), plan.lr(state.step)
+        micro_batches = share[step_in_epoch]
+        optim.set_lr(state.optimizer, lr)
+        step_loss = torch.zeros((), dtype=torch.float64, device=world.device)
+        for index, samples in enumerate(micro_batches):
+            clock.mark("data")
+            inputs = images.augmented(samples, pixels, seed=config.seed, epoch=epoch, **dict(config.augment))
+            labels = images.labels[samples]
+            clock.mark("compute")
+            model.set_norm_momentum(state.norms, index, len(micro_batches))
+            is_last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if is_last else state.ddp.no_sync():
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=session.precision == "bf16"):
+                    logits = state.exchange.model(inputs)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+                (loss / len(micro_batches)).backward()
+            with torch.no_grad():
+                step_loss += loss / len(micro_batches)
+                state.sums[0] += loss * len(labels)
+                state.sums[1] += (logits.argmax(1) == labels).sum()
+                state.sums[2] += len(labels)
+        state.exchange.after_backward()
+        clock.mark("compute")
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=False)  # the gradients are views into DDP's buckets
+        state.step += 1
+        clock.mark("communication")
+        state.exchange.after_step(step_in_epoch + 1, epoch_ends=session.epoch_is_over)
+        clock.mark("between steps")
+        heartbeat.touch()
+
+        session.display.step(state.step, step_loss, lr, inputs, clock.read)
+        if world.device.type == "cpu" or state.step % config.log.every_steps == 0:  # reading a GPU's loss waits for it
+            bad = not torch.isfinite(step_loss).item()
+
+        # Agree with the other ranks: stop, save, or give up.
+        agreed = agreement.end()
+        if "bad" in agreed:
+            raise session.not_finite(state.step - 1)
+        if agreed & {"stop", "save"}:
+            session.save(must="stop" in agreed)
+        if "stop" in agreed:
+            raise Preempted
+
+
+def _keep_going(agreement: Agreement, stop: threading.Event) -> bool:
+    """Asked by all ranks between two batches of an evaluation: False once any rank is to stop."""
+    heartbeat.touch()
+    return not agreement.now(stop=stop.is_set())
+
+
+@contextlib.contextmanager
+def _sigterm() -> Any:
+    """An event that SIGTERM sets, in place of ending the process."""
+    stop = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)

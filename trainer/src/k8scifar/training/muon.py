@@ -1,0 +1,125 @@
+"""Muon: the convolutions step in orthogonal directions, the other parameters as in SGD.
+
+The momentum of a convolution, as a matrix [out channels, in channels x height x width], is replaced by (nearly) the
+nearest semi-orthogonal matrix, so that every direction in it moves the weights by as much; the weights are kept at a
+fixed norm, which batch normalisation behind them makes free of consequences. Not the first convolution, whose matrix
+is small and whose input are images.
+
+Sources: Jordan and others, Muon: An optimizer for hidden layers in neural networks (2024); for the fixed norm and its
+use in a network like this, Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU (2024), its variant with Muon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # of the first source: p(x) = a x + b x^3 + c x^5 lifts small singular values fast
+
+
+class Muon(torch.optim.SGD):
+    """SGD, and Muon in the groups that have `muon` set; updates are rounded to bfloat16.
+
+    Where all ranks hold equal gradients, `share` divides the matrices among them. Each direction then comes from one
+    rank alone, so the replicas stay bit-identical on unlike processors, too.
+
+    Args:
+        iterations: of the polynomial.
+        groups, settings: as in torch.optim.SGD; `momentum` and `nesterov` hold for both kinds of groups.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], iterations: int, **settings: Any) -> None:
+        self._momentum, self._nesterov, self._iterations = settings["momentum"], settings["nesterov"], iterations
+        plain = {"momentum": 0.0, "nesterov": False}  # SGD's part in a group of Muon
+        super().__init__([group | plain if group.get("muon") else group for group in groups], **settings)
+        self.share(0, 1, lambda flat: None)
+
+    def share(self, rank: int, size: int, add: Callable[[torch.Tensor], None]) -> None:
+        """From now on this rank computes its part of the directions; `add` sums a tensor over the ranks in place."""
+        self._rank, self._add, self._owners = rank, add, divide(self.hidden, self._iterations, size)
+
+    @property
+    def hidden(self) -> list[nn.Parameter]:
+        """The weights that step in orthogonal directions."""
+        return [parameter for group in self.param_groups if group.get("muon") for parameter in group["params"]]
+
+    def step_flops(self) -> int:
+        """Floating point operations of a step's matrix products, each matrix counted once."""
+        return sum(flops(parameter, self._iterations) for parameter in self.hidden)
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """The work of all directions, for its time alone."""
+        for parameter in self.hidden:
+            orthogonal(matrix(parameter), self._iterations)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step; collective once the matrices are shared. The groups of Muon are left with other gradients."""
+        self._direct(self.hidden)
+        super().step()
+
+    def _direct(self, parameters: list[nn.Parameter]) -> None:
+        """Put the directions in place of the gradients, and the weights at their norm."""
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_mul_(momenta, self._momentum)
+        torch._foreach_add_(momenta, gradients)
+        flat = torch.zeros(sum(map(torch.numel, parameters)), dtype=torch.bfloat16, device=parameters[0].device)
+        pieces = flat.split([parameter.numel() for parameter in parameters])
+        for gradient, momentum, owner, piece in zip(gradients, momenta, self._owners, pieces, strict=True):
+            if owner == self._rank:
+                wanted = gradient.add(momentum, alpha=self._momentum) if self._nesterov else momentum
+                piece.copy_(orthogonal(matrix(wanted), self._iterations).flatten())
+        self._add(flat)
+        for parameter, gradient, piece in zip(parameters, gradients, pieces, strict=True):
+            gradient.copy_(piece.view_as(parameter.movedim(1, -1)).movedim(-1, 1))
+            parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+
+
+def matrix(weight: torch.Tensor) -> torch.Tensor:
+    """A convolution's weight as [out, in x height x width], the columns in the order of channels last."""
+    return weight.movedim(1, -1).reshape(len(weight), -1)
+
+
+def orthogonal(gradient: torch.Tensor, iterations: int) -> torch.Tensor:
+    """About the semi-orthogonal matrix nearest to a float32 matrix, scaled as Muon does; zeros stay zeros.
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X is X <- S X with S a polynomial in X X^T. So the iteration runs on the small
+    square matrix X X^T alone, and X is multiplied once, at the end: for 512 x 4608 a third of the work.
+    """
+    rows, columns = gradient.shape
+    wide = gradient if rows <= columns else gradient.T
+    wide = wide / (wide.norm() + 1e-7)
+    square, product = wide @ wide.T, None
+    a, b, c = QUINTIC
+    for last in range(iterations - 1, -1, -1):
+        factor = torch.addmm(square, square, square, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor if product is None else factor @ product
+        if last:
+            square = factor @ square @ factor
+    out = (product @ wide) * max(1.0, rows / columns) ** 0.5
+    return out if rows <= columns else out.T
+
+
+def divide(parameters: list[nn.Parameter], iterations: int, ranks: int) -> list[int]:
+    """The rank that computes each convolution's direction: the dearest first, each to the least busy rank."""
+    busy, owners = [0.0] * ranks, [0] * len(parameters)
+    costs = [flops(parameter, iterations) for parameter in parameters]
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        owners[index] = busy.index(min(busy))
+        busy[owners[index]] += costs[index]
+    return owners
+
+
+def flops(weight: torch.Tensor, iterations: int) -> int:
+    """Floating point operations of one direction (2 a multiply-add)."""
+    short, long = sorted((len(weight), weight.numel() // len(weight)))
+    return 4 * short**2 * long + (8 * iterations - 6) * short**3

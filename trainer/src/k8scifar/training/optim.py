@@ -1,0 +1,43 @@
+"""The optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from k8scifar.config.schema import Config
+from k8scifar.training.muon import Muon
+
+
+def build(net: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """SGD or Muon over `net`, weight decay on all parameters or on the matrices only."""
+    settings = config.optimizer
+    vectors = [parameter for parameter in net.parameters() if parameter.ndim <= 1]
+    hidden = [layer.weight for layer in net.modules() if isinstance(layer, nn.Conv2d)][1:]
+    if settings.name == "sgd":
+        hidden = []
+    kept = set(map(id, hidden))
+    matrices = [parameter for parameter in net.parameters() if parameter.ndim > 1 and id(parameter) not in kept]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": settings.weight_decay if settings.decay == "all" else 0.0},
+    ]
+    # Not fused: on a CPU that form silently assumes that gradients lie in memory as their weights do.
+    shared: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov, "foreach": True}
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, **shared)
+    groups.append({"params": hidden, "weight_decay": 0.0, "muon": True, "scale": settings.muon_lr / settings.lr})
+    return Muon(groups, settings.muon_iterations, lr=settings.lr, **shared)
+
+
+def step_flops(optimizer: torch.optim.Optimizer) -> int:
+    """Floating point operations of the matrix products of one step."""
+    return optimizer.step_flops() if isinstance(optimizer, Muon) else 0
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group; those of Muon keep their proportion to it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)

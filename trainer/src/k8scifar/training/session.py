@@ -1,0 +1,273 @@
+"""One run's parts, put together: data, state, records. The loop in loop.py uses them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from k8scifar.config.schema import Config
+from k8scifar.data import packed
+from k8scifar.data.augment import Images
+from k8scifar.errors import TrainingError, UserError
+from k8scifar.ranks import agree, choice
+from k8scifar.ranks.world import World, resolve_precision
+from k8scifar.results import report
+from k8scifar.results.display import Display
+from k8scifar.results.outcome import Outcome, mistakes
+from k8scifar.results.progress import epoch_line
+from k8scifar.results.run_folder import RunFolder
+from k8scifar.results.summary import describe
+from k8scifar.training import checkpoint, model
+from k8scifar.training.clock import StepClock
+from k8scifar.training.evaluation import evaluate
+from k8scifar.training.plan import Plan
+from k8scifar.training.state import State
+from k8scifar.training.summary import summarise
+
+
+class Session:
+    """A run that is open on this rank. Opening is collective, and resumes the newest good checkpoint.
+
+    Raises UserError where ranks, data, configuration and checkpoint do not fit each other.
+    """
+
+    def __init__(
+        self, config: Config, manifest: packed.Manifest, plan: Plan, world: World, found: bytes | None
+    ) -> None:
+        self.config, self.manifest, self.world = config, manifest, world
+        self.folder = RunFolder(config.run_dir)
+        self.precision = resolve_precision(config, world)
+        self.plan = plan
+        self.splits = {name: packed.read(Path(config.data.dir), manifest, name) for name in packed.SPLITS}
+        self.train_images = self._on_device("train", border=config.augment.translate)
+        self.test_images = self._on_device("test")
+        # Fresh weights, then the exchange, then the checkpoint: the mode is measured on a model that may still change,
+        # and decides which of the checkpoint's tensors there are to be restored.
+        self.state = State.fresh(config, manifest, world, self.train_images)
+        payload = checkpoint.decode(found, "the checkpoint") if found is not None else None
+        why = self._choose_exchange(payload)
+        changed = self.state.restore(payload) if payload else ""
+        self.first_step = self.state.step
+        self.agreement = agree.Agreement(world, ("stop", "save", "bad"))
+        self.clock = StepClock(world.device, running=world.is_main)
+        self.state.exchange.mark = self.clock.mark
+        # Last what people see and what writes: nothing is shown or written of a run that could not be opened.
+        self.display = Display(config, manifest, self.plan, self.first_step, shown=world.is_main)
+        self.display.text("configuration", config.to_yaml())
+        self._writer = None
+        if world.is_main:
+            self._writer = checkpoint.Writer(self.folder.checkpoints, config.checkpoint.keep, self.display.write)
+        self._spent = self.state.history[-1]["seconds"] if self.state.history else 0.0
+        self._started = self._epoch_started = self._saved = time.monotonic()
+        self._stalled = 0.0  # seconds of this epoch that checkpoints have taken from the loop
+        self.outcome: Outcome | None = None
+        if world.size > 1:
+            self.display.write(f"communication: {self.state.exchange.label}; {why}")
+        if changed:
+            self.display.write(f"going on with other settings than the checkpoint's: {changed}")
+        self.display.write(self.headline())
+
+    def headline(self) -> str:
+        """One line that tells what is about to train."""
+        config, world = self.config, self.world
+        resumed = f"; resuming at step {self.state.step}" if self.state.step else ""
+        return (
+            f"{config.name or config.recipe}: {config.model.name}, {model.parameters(self.state.net):,} parameters, "
+            f"{self.manifest.counts['train']:,} + {self.manifest.counts['test']:,} images ({self.manifest.source}), "
+            f"world size {world.size}, {world.device.type} {self.precision}, {world.backend}, "
+            f"{torch.get_num_threads()} thread(s) a rank, global batch {config.global_batch}, "
+            f"{config.epochs} epochs of {self.plan.steps_per_epoch} steps{resumed}"
+        )
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        """On rank 0, whether the step about to be taken ends at the interval that the configuration asks for."""
+        settings, step = self.config.checkpoint, self.state.step + 1
+        at_step = bool(settings.every_steps) and step % settings.every_steps == 0
+        is_old = bool(settings.every_seconds) and time.monotonic() - self._saved > settings.every_seconds
+        return self.world.is_main and (at_step or is_old) and step % self.plan.steps_per_epoch > 0
+
+    def save(self, must: bool = False) -> None:
+        """Hand a checkpoint of the present state to the writer; collective. Raises UserError where it holds garbage.
+
+        A volume that is still busy with former ones makes it leave this one out, unless it `must` be written.
+        """
+        begun, state = time.monotonic(), self.state
+        behind = torch.tensor([bool(self._writer and self._writer.behind)])
+        facts = agree.gather(torch.cat([state.sums.cpu(), state.weight_sum(), behind.double()]), self.world)
+        self.check_finite(facts, state.step)
+        if facts[0, -1] and not must:
+            self.display.write(f"checkpoint of step {state.step} left out: the volume is still busy with former ones")
+        else:
+            payload = state.snapshot(self.plan.pixels(max(0, state.step - 1)))
+            if self._writer:
+                self._writer.save(payload, state.step, best_step(state.history))
+        self._saved = time.monotonic()
+        self._stalled += self._saved - begun
+
+    def check_finite(self, sums: torch.Tensor, step: int) -> None:
+        """Raise UserError where sums over losses or weights are garbage."""
+        if not torch.isfinite(sums).all():
+            raise self.not_finite(step)
+
+    def not_finite(self, step: int) -> UserError:
+        """What to say of losses or weights that are not finite: step, learning rate, last good checkpoint."""
+        files = checkpoint.listed(self.folder.checkpoints) if self.world.is_main else []
+        good = f"the last good checkpoint is {files[0]}" if files else "there is no checkpoint before it"
+        return UserError(
+            f"loss or weights are not finite at step {step} (epoch {step / self.plan.steps_per_epoch:.2f}, learning "
+            f"rate {self.plan.lr(step - 1):.4g}); {good}; lower optimizer.lr or lengthen schedule.warmup"
+        )
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether an epoch's last step is done and its end (evaluation, record) is not."""
+        return self.state.step == (len(self.state.history) + 1) * self.plan.steps_per_epoch
+
+    def finish_epoch(self, keep_going: Callable[[], bool]) -> None:
+        """Average the statistics, evaluate if due, record the epoch; collective.
+
+        Raises evaluate.Stopped where `keep_going` ends the evaluation; the epoch is then still to be finished.
+        """
+        state, step = self.state, self.state.step
+        epoch, final = step // self.plan.steps_per_epoch, step == self.plan.steps
+        seconds = time.monotonic() - self._epoch_started
+        sums = state.sums.clone()
+        dist.all_reduce(sums)
+        self.check_finite(sums, step)
+        agree.average(state.statistics(), self.world)
+        pixels = self.plan.pixels(step - 1)
+        record: dict[str, Any] = {
+            "epoch": epoch,
+            "step": step,
+            "data": self.manifest.source,
+            "pixels": pixels,
+            "lr": self.plan.lr(step - 1),
+            "train_loss": (sums[0] / sums[2]).item(),
+            "train_accuracy": (sums[1] / sums[2]).item(),
+        }
+        every = self.config.evaluation.every_epochs
+        if final or (every and epoch % every == 0):
+            self.outcome = self.evaluate(pixels, final, keep_going)
+            record |= {f"test_{key}": value for key, value in self.outcome.figures.items() if key != "per_class"}
+        steps_here = step - max(self.first_step, step - self.plan.steps_per_epoch)
+        record["images_per_second"] = round(steps_here * self.config.global_batch / max(seconds, 1e-9), 1)
+        record["seconds"] = round(self._spent + time.monotonic() - self._started, 1)
+        record["checkpoint_seconds"], self._stalled = round(self._stalled, 3), 0.0
+        state.history.append(record)
+        state.sums.zero_()
+        self._record(record)
+        self._epoch_started = time.monotonic()
+
+    def evaluate(self, pixels: int, final: bool, keep_going: Callable[[], bool]) -> Outcome:
+        """Evaluate the weights; the last time on all images, with TTA."""
+        settings = self.config.evaluation
+        return evaluate(
+            self.state.net,
+            self.test_images,
+            self.world,
+            classes=len(self.manifest.classes),
+            pixels=pixels,
+            batch=settings.batch,
+            limit=0 if final else settings.interim_images,
+            tta=settings.tta and final,
+            precision=self.precision,
+            keep_going=keep_going,
+        )
+
+    def complete(self) -> dict[str, Any]:
+        """Export the weights and write the summary, the last act of a run; collective. Returns rank 0's summary."""
+        if self.outcome is None:  # resumed between the last checkpoint and here
+            self.outcome = self.evaluate(self.plan.last_pixels, final=True, keep_going=lambda: True)
+        summary = agree.from_rank_0(
+            self.world, self._finish
+        )  # nobody leaves before the mark of the finished run is there
+        return json.loads(summary or b"{}")
+
+    def _finish(self) -> bytes:
+        """Rank 0's last act: write what the run came to; a full disk gets some time. Raises TrainingError."""
+        self._close_writer()
+        state, config, manifest = self.state, self.config, self.manifest
+        about = {
+            "model": config.model.model_dump(mode="json"),
+            "classes": manifest.classes,
+            "mean": manifest.mean,
+            "std": manifest.std,
+            "pixels": self.plan.last_pixels,
+        }
+        end = time.monotonic() + 0.8 * agree.PATIENCE * self.world.timeout
+        while True:
+            try:
+                weights = self.folder.export(state.net.state_dict(), about)
+                summary = summarise(state, self.plan, self.outcome, self.precision, weights)
+                summary["mistakes"] = mistakes(self.outcome, self.splits["test"])
+                report.attempt(self.folder.path, summary, self.splits["test"], self.display.write, self.world.timeout)
+                self.folder.write_summary(summary)
+                break
+            except TrainingError as error:
+                if time.monotonic() > end:
+                    raise
+                self.display.write(f"{error}; trying again")
+                time.sleep(5.0)
+        self.display.text("summary", json.dumps(summary, indent=1))
+        self.display.write(describe(summary, self.folder.path))
+        return json.dumps(summary).encode()
+
+    def close(self) -> None:
+        """Finish what is being written; not collective."""
+        self._close_writer()
+        self.display.close()
+
+    def _choose_exchange(self, payload: dict[str, Any] | None) -> str:
+        """Settle how the ranks exchange what they learnt, before the state is restored; collective. Returns why."""
+        config, world, state, step = self.config, self.world, self.state, payload["step"] if payload else 0
+        same_size = payload and payload["world_size"] == world.size
+        kept = payload["comm"] if same_size and "comm" in payload else None
+
+        def measure() -> choice.Times:
+            count = config.global_batch // config.micro_batch // world.size
+            samples = torch.arange(config.micro_batch, device=world.device) % len(self.train_images)
+            images = self.train_images.plain(samples, self.plan.pixels(step))
+            labels = self.train_images.labels[samples]
+            return choice.measure(state.ddp, state.optimizer, images, labels, count, self.precision, world)
+
+        chosen, why = choice.choose(config, world, kept, model.parameters(state.net), measure)
+        state.communicate(chosen.mode, chosen.every)
+        return why
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if not self.world.is_main:
+            return
+        try:
+            self.folder.write_metrics(self.state.history)
+        except TrainingError as error:  # the next epoch writes all lines again
+            self.display.write(f"{error}; training goes on")
+        curves = {
+            name.replace("_", "/", 1): value for name, value in record.items() if name.startswith(("train_", "test_"))
+        }
+        self.display.board.scalars(curves, self.state.step)
+        if self.outcome:
+            self.display.board.outcome(self.outcome, self.splits["test"], self.manifest.classes, self.state.step)
+        self.display.write(epoch_line(record, self.config.epochs))
+
+    def _on_device(self, name: str, border: int = 0) -> Images:
+        split = self.splits[name]
+        images, labels = (torch.from_numpy(array).to(self.world.device) for array in (split.images, split.labels))
+        return Images(images, labels, self.manifest.mean, self.manifest.std, border)
+
+    def _close_writer(self) -> None:
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+
+
+def best_step(history: list[dict[str, Any]]) -> int | None:
+    """The step of the epoch with the highest test accuracy so far, None before the first evaluation."""
+    scored = [record for record in history if "test_accuracy" in record]
+    return max(scored, key=lambda record: record["test_accuracy"])["step"] if scored else None

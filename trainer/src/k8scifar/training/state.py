@@ -1,0 +1,205 @@
+"""The state of a training run: all that a checkpoint must hold for the resumed run to equal the uninterrupted one."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from k8scifar.config.schema import COMM, FIXED, Config, flatten
+from k8scifar.data.augment import Images
+from k8scifar.data.packed import Manifest
+from k8scifar.errors import UserError
+from k8scifar.ranks import exchange
+from k8scifar.ranks.agree import gather, unflatten
+from k8scifar.ranks.world import World
+from k8scifar.results.summary import with_todays_names
+from k8scifar.training import model, optim
+
+WHITEN_FROM = 2000  # training images, evenly spaced, whose patches give the whitening filters
+
+
+@dataclass
+class State:
+    """Weights, optimiser, counters; `step` optimiser steps are done."""
+
+    config: Config
+    manifest: Manifest
+    world: World
+    net: nn.Module
+    ddp: DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    norms: list[nn.BatchNorm2d]
+    sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
+    exchange: exchange.AllReduce | None  # how the ranks combine what they learnt, once it is chosen
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
+
+    @classmethod
+    def fresh(cls, config: Config, manifest: Manifest, world: World, images: Images) -> State:
+        """Step 0, the weights drawn from the seed; `images` are the training split's."""
+        torch.manual_seed(config.seed)
+        net = model.build(config.model, len(manifest.classes))
+        if config.model.whiten:
+            count = min(WHITEN_FROM, len(images))
+            sample = torch.arange(count, device=world.device) * len(images) // count
+            model.whiten(net, images.plain(sample, config.resolution[0].pixels).cpu())
+        net = net.to(world.device)
+        compiled = torch.compile(net) if config.hardware.compile else net
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        with warnings.catch_warnings():  # newer torch wants a name that older ones lack
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            ddp = DistributedDataParallel(
+                compiled, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+            )
+        if not config.hardware.compile:
+            _settle_buckets(ddp, model.norms(net), world.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        optimizer = optim.build(net, config)
+        return cls(config, manifest, world, net, ddp, optimizer, model.norms(net), sums, None)
+
+    def communicate(self, mode: str, every: int) -> None:
+        """Choose how the ranks communicate, before the first step and before `restore`; at most once.
+
+        `every`: steps between two averagings of local SGD.
+        """
+        parts = self.config, self.world, self.ddp, self.optimizer
+        if self.world.size == 1:
+            self.exchange = exchange.AllReduce(*parts)
+        elif mode == exchange.LocalSGD.name:
+            self.exchange = exchange.LocalSGD(*parts, every=every)
+        else:
+            self.exchange = exchange.KINDS[mode](*parts)
+
+    def local(self) -> torch.Tensor:
+        """What differs between the ranks within an epoch, float64 [n]: running statistics and sums."""
+        return torch.cat([tensor.flatten().double() for tensor in [*self.statistics(), self.sums]])
+
+    def statistics(self) -> list[torch.Tensor]:
+        """Each rank's own running statistics."""
+        return model.running_statistics(self.norms)
+
+    def _set_local(self, row: torch.Tensor) -> None:
+        unflatten(row, [*self.statistics(), self.sums])
+
+    def weight_sum(self) -> torch.Tensor:
+        """Sum of all weights, float64 [1] on the CPU: not finite if any of them is not."""
+        sums = [parameter.detach().double().sum() for parameter in self.net.parameters()]
+        return torch.stack(sums).sum().view(1).cpu()
+
+    def snapshot(self, pixels: int) -> dict[str, Any]:
+        """A checkpoint's values, copied to the CPU; collective: all ranks call it, rank 0 uses it.
+
+        `pixels` is the resolution last trained at.
+        """
+        local = gather(self.local(), self.world)
+        communication = self.exchange.snapshot()
+        if not self.world.is_main:
+            return {}
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in self.net.state_dict().items()}
+        weights |= self._mean_statistics(local)
+        return {
+            "step": self.step,
+            "pixels": pixels,
+            "world_size": self.world.size,
+            "config": self.config.model_dump(mode="json"),
+            "classes": list(self.manifest.classes),
+            "mean": list(self.manifest.mean),
+            "std": list(self.manifest.std),
+            "data": self.manifest.fingerprint,
+            "model": weights,
+            "optimizer": _to_cpu(self.optimizer.state_dict()),
+            "local": local,
+            "comm": communication,
+            "history": [dict(record) for record in self.history],
+            "rng": torch.get_rng_state(),  # nothing draws from it while training; kept for what may come
+        }
+
+    def restore(self, payload: dict[str, Any]) -> str:
+        """Take over a checkpoint's values; returns what has changed since. Raises UserError where that may not be."""
+        changed = check_resumable(self.config, payload, self.manifest)
+        self.net.load_state_dict(payload["model"])
+        self.optimizer.load_state_dict(payload["optimizer"])
+        if saved := payload.get("comm"):
+            self.exchange.restore(saved)
+        self.step, self.history = payload["step"], [with_todays_names(record) for record in payload["history"]]
+        local = payload["local"]
+        if len(local) == self.world.size:
+            self._set_local(local[self.world.rank])
+        else:  # another world size: the means of the statistics, the sums on rank 0
+            row = local.mean(0)
+            row[-3:] = local[:, -3:].sum(0) if self.world.is_main else 0.0
+            self._set_local(row)
+        torch.set_rng_state(payload["rng"])
+        return changed
+
+    def _mean_statistics(self, local: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The running statistics that the ranks' average would leave, by state-dict name."""
+        mean, found, at = local.mean(0), {}, 0
+        for name, layer in self.net.named_modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                for kind in ("running_mean", "running_var"):
+                    count = getattr(layer, kind).numel()
+                    found[f"{name}.{kind}"] = mean[at : at + count].float()
+                    at += count
+        return found
+
+
+def _settle_buckets(ddp: DistributedDataParallel, norms: list[nn.BatchNorm2d], device: torch.device) -> None:
+    """A throwaway backward pass that leaves the weights and statistics as they are.
+
+    DDP lays out its buckets anew after its first backward pass; with this one behind it, a resumed run sums the
+    gradients of its first step in the order in which the uninterrupted run does.
+    """
+    for layer in norms:
+        layer.momentum = 0.0
+    ddp(torch.zeros(2, 3, 32, 32, device=device).to(memory_format=torch.channels_last)).sum().backward()
+    ddp.zero_grad(set_to_none=False)
+
+
+def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest) -> str:
+    """What has changed since this checkpoint, in words; empty where nothing has.
+
+    Raises UserError where a run must not go on from it: another data set or other mathematics.
+    """
+    if payload["data"] != manifest.fingerprint:
+        raise UserError(
+            f"the checkpoint of step {payload['step']} was trained on data {payload['data']}, and this is "
+            f"{manifest.fingerprint}; give the run another --name, or bring back the data"
+        )
+    saved = flatten(payload["config"])
+    if payload.get("average"):
+        raise UserError(
+            f"the checkpoint of step {payload['step']} keeps a moving average of the weights (ema.decay), which this "
+            "version has no more; give the run another --name, or train it to its end with version 0.1"
+        )
+    if used := payload.get("comm"):
+        saved[COMM] = used["mode"] if payload["world_size"] > 1 else "auto"  # one rank communicates in no mode
+        if "every" in used and config.distributed.comm == used["mode"]:  # `auto` may have stretched it
+            saved["distributed.local_sgd_steps"] = used["every"]
+    changed = config.differences(saved)
+    fixed = [key for key in changed if key.split(".")[0] in FIXED]
+    extended = set(changed) <= {"epochs"} and config.epochs > payload["config"]["epochs"]
+    told = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+    if changed and not extended and (fixed or not config.checkpoint.accept_changes):
+        remedy = "" if fixed else ", or set checkpoint.accept_changes=true to go on with the new values"
+        raise UserError(
+            f"the checkpoint of step {payload['step']} has another configuration ({told}); "
+            f"give the run another --name{remedy}"
+        )
+    return told
+
+
+def _to_cpu(tree: Any) -> Any:
+    """A copy of nested containers, their tensors copied to the CPU."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().cpu().clone()
+    if isinstance(tree, dict):
+        return {key: _to_cpu(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_to_cpu(value) for value in tree]
+    return tree

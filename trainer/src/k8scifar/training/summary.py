@@ -1,0 +1,56 @@
+"""What a finished run came to."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+
+from k8scifar import versions
+from k8scifar.config.schema import COMM
+from k8scifar.results.outcome import Outcome
+from k8scifar.training import model, optim
+from k8scifar.training.plan import Plan
+from k8scifar.training.state import State
+
+
+def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weights: str) -> dict[str, Any]:
+    """What a finished run came to.
+
+    Args:
+        outcome: the last evaluation's.
+        weights: sha256 of the exported weights.
+    """
+    figures, last = outcome.figures, state.history[-1]
+    flops = sum(count * model.training_flops(state.net, pixels) for pixels, count in plan.images_at().items())
+    flops += plan.steps * optim.step_flops(state.optimizer)
+    return {
+        "accuracy": figures["accuracy"],
+        "accuracy_tta": figures.get("accuracy_tta"),
+        "top5": figures["top5"],
+        "loss": figures["loss"],
+        "per_class": dict(zip(state.manifest.classes, figures["per_class"], strict=True)),
+        "confusion": outcome.confusion.tolist(),
+        "test_images": figures["images"],
+        "epochs": plan.config.epochs,
+        "steps": plan.steps,
+        "world_size": state.world.size,
+        "device": device_name(state.world.device),
+        "precision": precision,
+        "global_batch": plan.config.global_batch,
+        "images_per_second": statistics.median(record["images_per_second"] for record in state.history),
+        "seconds": last["seconds"],
+        "parameters": model.parameters(state.net),
+        "training_flops": flops,
+        "data": {"source": state.manifest.source, "fingerprint": state.manifest.fingerprint},
+        "weights_sha256": weights,
+        "config_fingerprint": plan.config.fingerprint(),
+        "identity": plan.config.identity() | {COMM: state.exchange.name if state.world.size > 1 else "auto"},
+        "versions": versions.versions(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The name of what trains."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
