@@ -110,6 +110,7 @@ CONTEXT ?=
 CLUSTER ?=
 PORT ?= 6006
 RUN_DIR ?=
+CLAIM ?=
 IN_CLUSTER = --release "$(RELEASE)" --namespace "$(NAMESPACE)" --context "$(CONTEXT)"
 CLUSTER_TOOL = $(PYTHON) trainer/tools/cluster.py
 
@@ -126,7 +127,7 @@ logs: ## follow the trainers of RELEASE; ARGS="--previous --tail=50" goes to kub
 	@$(CLUSTER_TOOL) logs $(IN_CLUSTER) $(ARGS)
 
 results: ## copy the run of RELEASE (report, weights, metrics, curves) to results/RELEASE; ARGS=--checkpoints for all
-	@$(CLUSTER_TOOL) results $(IN_CLUSTER) --run-dir "$(RUN_DIR)" --image "$(IMAGE)" $(ARGS)
+	@$(CLUSTER_TOOL) results $(IN_CLUSTER) --run-dir "$(RUN_DIR)" --image "$(IMAGE)" --claim "$(CLAIM)" $(ARGS)
 
 tensorboard-cluster: ## TensorBoard of RELEASE at http://localhost:PORT/ while it runs; PORT=6006
 	@$(CLUSTER_TOOL) tensorboard $(IN_CLUSTER) --port $(PORT)

@@ -139,6 +139,15 @@ def stage(tmp_path: Path):
     return Stage(tmp_path)
 
 
+@pytest.fixture
+def api(tmp_path: Path):
+    """A server for a real kubectl."""
+    from kube_api import serving
+
+    with serving(tmp_path) as cluster:
+        yield cluster
+
+
 @pytest.fixture(scope="session")
 def rendered() -> list[dict]:
     """The chart's objects, as values/two-node.yaml has them."""

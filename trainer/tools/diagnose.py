@@ -21,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kube import ROOT, Kubectl, Release, arguments, exit_code, standing
+from kube import ROOT, Kubectl, Release, arguments, exit_code
+from standing import standing
 
 HIDDEN = "[left out]"
 LINES = 2000  # of each log
