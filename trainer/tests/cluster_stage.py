@@ -17,7 +17,7 @@ RUNNING = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
 
 # Logs its arguments, then answers: objects and texts from files; tar is a real one on a folder that stands for a pod's.
 KUBECTL = """#!{python}
-import json, os, pathlib, subprocess, sys, time
+import json, os, pathlib, signal, subprocess, sys, time
 home = pathlib.Path({home!r})
 words = [word for word in sys.argv[1:] if not word.startswith(("--namespace=", "--context=", "--request-timeout="))]
 given = sys.stdin.read() if "--filename=-" in words else None
@@ -26,6 +26,7 @@ with open(home / "calls", "a") as calls:
 if (home / "broken").exists():
     sys.exit((home / "broken").read_text())
 verb = words[0]
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # as kubectl has it
 if verb == "get" and "persistentvolumeclaims,services" in words[1]:
     print((home / "objects.json").read_text())
 elif verb == "get" and words[1] == "events":
@@ -41,7 +42,12 @@ elif verb == "get" and words[1] == "pod":
 elif verb == "get" or verb == "describe":
     print((home / "objects.json").read_text() if "--output=json" in words else (home / "description").read_text())
 elif verb == "logs":
-    print("log of", words[1], *words[2:], (home / "log").read_text())
+    print("log of", words[1], *words[2:], (home / "log").read_text(), flush=True)
+    if "--follow" in words and (home / "slow").exists():
+        time.sleep(60)
+elif verb == "port-forward" and (home / "slow").exists():
+    print("Forwarding from", words[1], flush=True)
+    time.sleep(60)
 elif verb == "wait":
     sys.exit((home / "never").exists())
 elif verb == "exec" and "tar" in words:
