@@ -47,7 +47,10 @@ PATTERNS = {
         r"(\b[a-zA-Z][a-zA-Z0-9+.-]*:/{1,3})(?:[^\s:/]*:\S*|[^\s/]+)@",
         rf"\1{HIDDEN}@",
     ),
-    "user:password@ without a scheme": (r"(?<![\w./:@%+-])([\w.%+-]+:)[^\s:/][^\s:]*@(?=(?!sha\d)[\w.-]+:\d)", rf"{HIDDEN}@"),
+    "user:password@ without a scheme": (
+        r"(?<![\w./:@%+-])[\w.%+-]+:[^\s:/][^\s:]*@(?=(?!sha\d)[\w.-]+:\d)",
+        f"{HIDDEN}@",
+    ),
     "signatures in an address": (rf"(?i)([?&;][^=&\s'\"]*(?:{QUERY})[^=&\s'\"]*=)[^&\s\"]+", rf"\1{HIDDEN}"),
     "Amazon's key ids": (r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{8,}\b", HIDDEN),
     "JSON web tokens": (r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?", HIDDEN),

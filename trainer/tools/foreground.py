@@ -25,16 +25,32 @@ def on_terminal() -> bool:
     return False
 
 
+def unblock() -> None:
+    """Hear SIGTERM again."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def main(command: list[str]) -> int:
     """Run `command` to its end; its exit code, 0 where a person stopped it at a terminal."""
-    stopped = []
+    stopped: list[bool] = []
+    started: list[subprocess.Popen[bytes]] = []
+
+    def end(*_: object) -> None:  # make passes SIGTERM on to us alone
+        for process in started:
+            process.terminate()
+        if not started:
+            sys.exit(143)
+
     signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    signal.signal(signal.SIGTERM, end)
     try:
-        process = subprocess.Popen(command)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # not between its start and our knowing of it
+        process = subprocess.Popen(command, preexec_fn=unblock)
+        started.append(process)
     except OSError as error:
         print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
         return 127
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # make passes it on to us alone
+    unblock()
     code = process.wait()
     if stopped and on_terminal():
         return 0
