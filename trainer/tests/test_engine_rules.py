@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 import debian
 import hosts
 import pytest
 from chart_helpers import ROOT
+from patience import patient
 
 pytestmark = pytest.mark.engine
 ENGINE = ROOT / "image" / "with-engine.sh"
@@ -73,3 +79,24 @@ def test_nothing_of_dockers_stays(space, others, stopped):
     process.stdin.close()
     assert process.wait(timeout=120) == (143 if stopped else 0)
     assert rules(space) == before
+
+
+def test_the_engine_ends_with_a_killed_runner(space):
+    """The janitor asks it to end, and leaves its parts alone until it has cleaned up."""
+    before = rules(space)
+    script = (
+        "import subprocess, sys; sys.path.insert(0, sys.argv[1]); import janitor; janitor.start()\n"
+        "with subprocess.Popen([sys.argv[2], 'sh', '-c', 'echo begun; cat'], stdin=subprocess.PIPE): pass"
+    )
+    command = f"exec {sys.executable} -c {shlex.quote(script)} {Path(__file__).parent} {ENGINE}"
+    runner = space(command)
+    assert runner.stdout.readline() == "begun\n"
+    folders = set(Path(tempfile.gettempdir()).glob("k8scifar-engine.*"))
+    assert folders and rules(space) != before
+    runner.kill()
+    end = time.monotonic() + patient(100)
+    while rules(space) != before or folders & set(Path(tempfile.gettempdir()).glob("k8scifar-engine.*")):
+        assert time.monotonic() < end, rules(space)
+        time.sleep(0.2)
+    pids = subprocess.run(["ip", "netns", "pids", f"k8scifar-{os.getpid()}-engine"], capture_output=True, text=True)
+    assert pids.stdout == ""

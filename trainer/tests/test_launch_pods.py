@@ -14,6 +14,7 @@ import pytest
 import yaml
 from chart_helpers import CHART, NFS, helm, one, trainer
 from hosts import command_line, two
+from patience import patient
 
 pytestmark = [pytest.mark.helm, pytest.mark.slow]
 BIN = Path(sys.executable).parent
@@ -103,7 +104,7 @@ def rendered(tmp_path: Path, kind: str = "StatefulSet", **train) -> list[dict]:
 
 
 def until(condition, seconds: float, pods) -> None:
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patient(seconds)
     while not condition():
         assert time.monotonic() < end, "\n\n".join(pod.text()[-3000:] for pod in pods)
         time.sleep(0.2)

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from chart_helpers import ROOT
 from cluster_stage import everything_runs
+from patience import patient
 
 BIN = Path(sys.executable).parent
 CTRL_C = b"\x03"
@@ -33,7 +34,7 @@ def at_terminal(words: list[str], environment: dict[str, str], until: str, keys:
         os.chdir(ROOT)
         os.execvpe("make", ["make", *words], environment)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # rows and columns
-    seen, end = b"", time.monotonic() + LIMIT
+    seen, end = b"", time.monotonic() + patient(LIMIT)
     while True:
         if not select.select([terminal], [], [], max(0, end - time.monotonic()))[0]:
             os.killpg(pid, signal.SIGKILL)
@@ -179,7 +180,7 @@ def test_tensorboard_listens_where_it_is_told_and_only_here(no_port_variable, tm
         assert done.returncode == 2
     process = subprocess.Popen(words, env=no_port_variable, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + patient(60)
         while True:
             try:
                 assert urllib.request.urlopen(f"http://localhost:{port}/", timeout=5).status == 200
