@@ -44,6 +44,7 @@ dockerd --data-root "$folder/data" --exec-root "$folder/exec" --host "$DOCKER_HO
 daemon=$!
 
 finish() {
+    trap '' TERM INT HUP  # a second one must not cut this short
     docker ps --all --quiet 2>/dev/null | xargs -r docker rm --force >/dev/null 2>&1 || true
     docker network prune --force >/dev/null 2>&1 || true
     kill "$daemon" 2>/dev/null || true

@@ -21,8 +21,9 @@ from pathlib import Path
 MARK = "K8SCIFAR_TEST_RUNNER"
 OWNER = ".k8scifar-runner"  # a file in a runner's folder: whose it is
 # The throw-away engine cleans up by itself when it is asked to end; its parts must live for that.
-ENGINE = re.compile(r"with-engine\.sh|dockerd|containerd|docker-proxy|runc")
+ENGINE = re.compile(r"with-engine\.sh|docker|containerd|\brunc\b|k8scifar-engine")
 ENGINE_SECONDS = 240  # it removes gigabytes
+COMMAND_SECONDS = 5  # for the command that it was started for, which may end by itself
 _SPACE = re.compile(r"k8scifar-(\d+)-")
 _pipe: int | None = None
 
@@ -72,16 +73,23 @@ def sweep() -> None:
 def clean(runner: str, folders: list[str]) -> None:
     """End what this runner left."""
     asked: set[int] = set()
-    end = time.monotonic() + ENGINE_SECONDS
-    while found := [pid for pid, whose in marked().items() if whose == runner and pid != os.getpid()]:
-        words = {pid: command_line(pid) for pid in found}
-        engines = [pid for pid in found if "with-engine.sh" in words[pid]]
-        for pid in found:
-            if not (engines and time.monotonic() < end and ENGINE.search(words[pid])):
-                kill(pid)
-            elif pid in engines and pid not in asked:
-                asked.add(pid)
-                kill(pid, signal.SIGTERM)
+    first: set[int] = set()
+    began = time.monotonic()
+    while found := {pid for pid, whose in marked().items() if whose == runner and pid != os.getpid()}:
+        passed = time.monotonic() - began
+        first = first or found
+        scripts = {pid for pid in found if "with-engine.sh" in command_line(pid)}
+        engines = {pid for pid in scripts if not scripts & ancestors(pid)}  # but for what the shell forks
+        spared = set(engines)
+        for pid in found - engines if engines and passed < ENGINE_SECONDS else ():
+            late = passed > COMMAND_SECONDS and pid in first  # not one that cleans up
+            if ENGINE.search(command_line(pid)) or (engines & ancestors(pid) and not late):
+                spared.add(pid)
+        for pid in found - (spared if passed < ENGINE_SECONDS else set()):
+            kill(pid)
+        for pid in engines - asked:
+            asked.add(pid)
+            kill(pid, signal.SIGTERM)
         time.sleep(0.05)
     for space in spaces():
         if _SPACE.match(space)[1] == runner.partition(":")[0]:
@@ -98,6 +106,16 @@ def marked() -> dict[int, str]:
                 for word in (entry / "environ").read_bytes().split(b"\0"):
                     if word.startswith(MARK.encode() + b"="):
                         found[int(entry.name)] = word.decode().partition("=")[2]
+    return found
+
+
+def ancestors(pid: int) -> set[int]:
+    """The processes that a process comes from."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError, IndexError):
+        while pid > 1:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            found.add(pid)
     return found
 
 

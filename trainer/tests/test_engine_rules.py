@@ -81,14 +81,16 @@ def test_nothing_of_dockers_stays(space, others, stopped):
     assert rules(space) == before
 
 
-def test_the_engine_ends_with_a_killed_runner(space):
+@pytest.mark.parametrize("runs", ["cat", "sleep 600"])  # with its input, or not by itself
+def test_the_engine_ends_with_a_killed_runner(space, runs):
     """The janitor asks it to end, and leaves its parts alone until it has cleaned up."""
     before = rules(space)
     script = (
         "import subprocess, sys; sys.path.insert(0, sys.argv[1]); import janitor; janitor.start()\n"
-        "with subprocess.Popen([sys.argv[2], 'sh', '-c', 'echo begun; cat'], stdin=subprocess.PIPE): pass"
+        "engine = subprocess.Popen([sys.argv[2], 'sh', '-c', 'echo begun; ' + sys.argv[3]], stdin=subprocess.PIPE)\n"
+        "engine.wait()"
     )
-    command = f"exec {sys.executable} -c {shlex.quote(script)} {Path(__file__).parent} {ENGINE}"
+    command = f"exec {sys.executable} -c {shlex.quote(script)} {Path(__file__).parent} {ENGINE} {shlex.quote(runs)}"
     runner = space(command)
     assert runner.stdout.readline() == "begun\n"
     folders = set(Path(tempfile.gettempdir()).glob("k8scifar-engine.*"))
