@@ -21,6 +21,14 @@ TESTS ?= trainer/tests
 KILLS ?= 20
 SEED ?=
 ROWS ?=
+# Each command that a person may stop runs by it. Exit codes, for scripts that call k8scifar or the tools themselves:
+# 0 done, 1 failed (a restart may mend it), 2 the user's mistake, 3 stopped and saved, 130 stopped by Ctrl-C. make adds its
+# own "*** [Makefile:N: task] Error CODE" after any code but 0, and ends with 2 for all of them; after Ctrl-C at a
+# terminal it says nothing and ends as interrupted.
+FOREGROUND = $(PYTHON) trainer/tools/foreground.py
+# Where the TensorBoards listen; not ?=, for some shells export a HOST of their own, this machine's name.
+HOST = localhost
+PORT ?= 6006
 BENCH_ROWS = $(subst $(comma), ,$(ROWS))
 comma := ,
 
@@ -48,17 +56,17 @@ clean: ## remove the environment and caches (data/ and runs/ stay)
 
 ##@ Training on this machine
 train: $(READY) ## train with DDP, NPROC=2 processes here; DATA=auto|cifar10|imagefolder:PATH|synthetic RECIPE=demo
-	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
-	@$(BIN)/k8scifar launch --nproc-per-node $(NPROC) --recipe $(RECIPE) --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)" --name $(NAME) $(ARGS)
+	@$(FOREGROUND) $(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
+	@$(FOREGROUND) $(BIN)/k8scifar launch --nproc-per-node $(NPROC) --recipe $(RECIPE) --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)" --name $(NAME) $(ARGS)
 
 report: $(READY) ## write runs/NAME/report.html of a finished run again
-	@$(BIN)/k8scifar report "$(RUNS_DIR)/$(NAME)" --data-dir "$(DATA_DIR)"
+	@$(FOREGROUND) $(BIN)/k8scifar report "$(RUNS_DIR)/$(NAME)" --data-dir "$(DATA_DIR)"
 
 evaluate: $(READY) ## evaluate the trained model of run NAME
-	@$(BIN)/k8scifar evaluate "$(RUNS_DIR)/$(NAME)" --data-dir "$(DATA_DIR)" $(ARGS)
+	@$(FOREGROUND) $(BIN)/k8scifar evaluate "$(RUNS_DIR)/$(NAME)" --data-dir "$(DATA_DIR)" $(ARGS)
 
-tensorboard: $(READY) ## serve TensorBoard for RUNS_DIR on port 6006
-	@$(BIN)/tensorboard --logdir "$(RUNS_DIR)" --bind_all --port 6006
+tensorboard: $(READY) ## serve TensorBoard for RUNS_DIR; PORT=6006 HOST=localhost (0.0.0.0: to all networks)
+	@$(FOREGROUND) $(BIN)/python trainer/tools/curves.py --logdir "$(RUNS_DIR)" --host "$(HOST)" --port "$(PORT)"
 
 .PHONY: screenshot
 screenshot: $(READY) ## take README's picture of TensorBoard from a short real run (needs chromium, chromedriver)
@@ -108,16 +116,16 @@ package: $(READY) ## pack the chart into dist/
 # For RELEASE in NAMESPACE of kubectl's current context, or CONTEXT=...; they need Python and kubectl, nothing more.
 CONTEXT ?=
 CLUSTER ?=
-PORT ?= 6006
 RUN_DIR ?=
+CLAIM ?=
 IN_CLUSTER = --release "$(RELEASE)" --namespace "$(NAMESPACE)" --context "$(CONTEXT)"
-CLUSTER_TOOL = $(PYTHON) trainer/tools/cluster.py
+CLUSTER_TOOL = $(FOREGROUND) $(PYTHON) trainer/tools/cluster.py
 
 up: ## from nothing: a throw-away two-worker cluster here (CLUSTER=kind|k3d|minikube), image and chart in it
-	@$(PYTHON) trainer/tools/sandbox.py up --cluster "$(CLUSTER)" --release "$(RELEASE)" --namespace "$(NAMESPACE)" $(HELM_ARGS)
+	@$(FOREGROUND) $(PYTHON) trainer/tools/sandbox.py up --cluster "$(CLUSTER)" --release "$(RELEASE)" --namespace "$(NAMESPACE)" $(HELM_ARGS)
 
 down: ## delete the cluster of `make up`; its data and runs stay
-	@$(PYTHON) trainer/tools/sandbox.py down --cluster "$(CLUSTER)"
+	@$(FOREGROUND) $(PYTHON) trainer/tools/sandbox.py down --cluster "$(CLUSTER)"
 
 status: ## pods, volumes, warnings and progress of RELEASE=cifar NAMESPACE=default
 	@$(CLUSTER_TOOL) status $(IN_CLUSTER)
@@ -126,13 +134,13 @@ logs: ## follow the trainers of RELEASE; ARGS="--previous --tail=50" goes to kub
 	@$(CLUSTER_TOOL) logs $(IN_CLUSTER) $(ARGS)
 
 results: ## copy the run of RELEASE (report, weights, metrics, curves) to results/RELEASE; ARGS=--checkpoints for all
-	@$(CLUSTER_TOOL) results $(IN_CLUSTER) --run-dir "$(RUN_DIR)" --image "$(IMAGE)" $(ARGS)
+	@$(CLUSTER_TOOL) results $(IN_CLUSTER) --run-dir "$(RUN_DIR)" --image "$(IMAGE)" --claim "$(CLAIM)" $(ARGS)
 
-tensorboard-cluster: ## TensorBoard of RELEASE at http://localhost:PORT/ while it runs; PORT=6006
-	@$(CLUSTER_TOOL) tensorboard $(IN_CLUSTER) --port $(PORT)
+tensorboard-cluster: ## TensorBoard of RELEASE at http://localhost:PORT/ while it runs; PORT=6006 HOST=localhost
+	@$(CLUSTER_TOOL) tensorboard $(IN_CLUSTER) --host "$(HOST)" --port "$(PORT)"
 
 diagnose: ## collect what a bug report needs of RELEASE, secrets left out, into results/
-	@$(PYTHON) trainer/tools/diagnose.py $(IN_CLUSTER)
+	@$(FOREGROUND) $(PYTHON) trainer/tools/diagnose.py $(IN_CLUSTER)
 
 ##@ Image
 image: ## build the container image; VARIANT=cpu|cuda EXTRAS=remote PLATFORMS=linux/amd64,linux/arm64 ENGINE=docker|podman|buildah
@@ -161,10 +169,10 @@ image-test: ## build and smoke-test in a throw-away engine on a home-made base i
 
 ##@ Development
 test: $(READY) ## run the tests, two files at a time; TESTS=file picks some, ARGS go to pytest
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
+	@$(FOREGROUND) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
 chaos: $(READY) ## strike two-host trainings KILLS=20 times at random and compare the weights (root); SEED= repeats one
-	@$(BIN)/python trainer/tests/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	@$(FOREGROUND) $(BIN)/python trainer/tests/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data picks some; BENCH_MINUTES=10 for ROWS=time
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"

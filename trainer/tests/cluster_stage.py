@@ -6,6 +6,8 @@ import copy
 import json
 import subprocess
 import sys
+import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 from chart_helpers import ROOT
@@ -15,7 +17,7 @@ RUNNING = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
 
 # Logs its arguments, then answers: objects and texts from files; tar is a real one on a folder that stands for a pod's.
 KUBECTL = """#!{python}
-import json, os, pathlib, subprocess, sys
+import json, os, pathlib, signal, subprocess, sys, time
 home = pathlib.Path({home!r})
 words = [word for word in sys.argv[1:] if not word.startswith(("--namespace=", "--context=", "--request-timeout="))]
 given = sys.stdin.read() if "--filename=-" in words else None
@@ -24,16 +26,28 @@ with open(home / "calls", "a") as calls:
 if (home / "broken").exists():
     sys.exit((home / "broken").read_text())
 verb = words[0]
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # as kubectl has it
 if verb == "get" and "persistentvolumeclaims,services" in words[1]:
     print((home / "objects.json").read_text())
 elif verb == "get" and words[1] == "events":
     print((home / "events").read_text())
+elif verb == "get" and words[1] == "nodes" and "--ignore-not-found" in words:
+    if (home / "forbidden").exists():
+        sys.exit('Error from server (Forbidden): nodes is forbidden: User "me" cannot list resource "nodes"')
+    print((home / "nodes").read_text())
+elif verb == "get" and "--all-namespaces" in words:
+    print((home / "elsewhere").read_text())
 elif verb == "get" and words[1] == "pod":
     print((home / "pod.json").read_text())
 elif verb == "get" or verb == "describe":
     print((home / "objects.json").read_text() if "--output=json" in words else (home / "description").read_text())
 elif verb == "logs":
-    print("log of", words[1], *words[2:], (home / "log").read_text())
+    print("log of", words[1], *words[2:], (home / "log").read_text(), flush=True)
+    if "--follow" in words and (home / "slow").exists():
+        time.sleep(60)
+elif verb == "port-forward" and (home / "slow").exists():
+    print("Forwarding from", words[1], flush=True)
+    time.sleep(60)
 elif verb == "wait":
     sys.exit((home / "never").exists())
 elif verb == "exec" and "tar" in words:
@@ -42,7 +56,12 @@ elif verb == "exec" and "tar" in words:
     made = subprocess.run(here, capture_output=True)
     cut = home / "cut"
     sys.stdout.buffer.write(made.stdout[: len(made.stdout) // 2 // 512 * 512] if cut.exists() else made.stdout)
-    cut.unlink(missing_ok=True)
+    if not cut.exists() or cut.read_text() != "always":
+        cut.unlink(missing_ok=True)
+    sys.stdout.flush()
+    if (home / "slow").exists():
+        (home / "begun").touch()
+        time.sleep(60)
     sys.stderr.buffer.write(made.stderr)
     sys.exit(made.returncode)
 elif verb == "exec":
@@ -57,8 +76,9 @@ class Stage:
         self.home, self.bin = folder, folder / "bin"
         self.bin.mkdir()
         self.log = folder / "calls"
-        for name in ("objects.json", "events", "description", "log"):
+        for name in ("objects.json", "events", "description", "log", "elsewhere"):
             (folder / name).write_text('{"items": []}')
+        self.nodes(node("node-a"))
         self.tool("kubectl", KUBECTL.format(python=sys.executable, home=str(folder)))
 
     def tool(self, name: str, script: str = "") -> None:
@@ -70,6 +90,14 @@ class Stage:
     def objects(self, items: list[dict]) -> None:
         """What the cluster holds of the release."""
         (self.home / "objects.json").write_text(json.dumps({"items": items}))
+
+    def nodes(self, *items: dict) -> None:
+        """The machines that the cluster has."""
+        (self.home / "nodes").write_text(json.dumps({"items": items}))
+
+    def events(self, *items: dict) -> None:
+        """The events that the cluster holds."""
+        (self.home / "events").write_text(json.dumps({"items": items}))
 
     def run(self, tool: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a tool as make does."""
@@ -116,8 +144,27 @@ def pod(objects: list[dict], name: str, component: str, state: dict, at: str = "
     else:
         status["containerStatuses"].append(standing)
     metadata = {"name": name, "labels": template["metadata"]["labels"]}
+    runs = "running" in state and at not in inits
+    status["containerStatuses"][-1] |= {"ready": runs, "started": runs}
+    status["conditions"] = [{"type": kind, "status": str(runs)} for kind in ("Ready", "ContainersReady")]
+    status["conditions"].append({"type": "PodScheduled", "status": "True"})
+    status["phase"] = "Running" if at not in inits else "Pending"
     spec = template["spec"] | {"nodeName": "node-a"}
     return {"kind": "Pod", "apiVersion": "v1", "metadata": metadata, "spec": spec, "status": status}
+
+
+def node(name: str, ready: str = "True", message: str = "") -> dict:
+    """A machine as the API server shows it."""
+    state = {"type": "Ready", "status": ready, "message": message, "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    return {"kind": "Node", "apiVersion": "v1", "metadata": {"name": name}, "status": {"conditions": [state]}}
+
+
+def event(about: dict, reason: str, message: str, seconds: float = 300, **more: object) -> dict:
+    """A warning about an object, seen last so long ago."""
+    moment = datetime.fromtimestamp(time.time() - seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    named = {"kind": about["kind"], "name": about["metadata"]["name"], "uid": about["metadata"].get("uid")}
+    found = {"metadata": {"name": f"{named['name']}.{reason}"}, "type": "Warning", "reason": reason, "message": message}
+    return {"kind": "Event", "apiVersion": "v1", "involvedObject": named, "lastTimestamp": moment} | found | more
 
 
 def installed(objects: list[dict], *pods: dict) -> list[dict]:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import janitor
+import patience
 import pytest
 import yaml
 
@@ -27,9 +29,43 @@ TINY = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first, so that several workers end at about the same time."""
+def pytest_configure(config: pytest.Config) -> None:
+    """What a test starts ends with its runner; limits of time are for this machine, measured by the first process."""
+    janitor.start()
+    patience.install()
+    patience.begin()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """A worker of xdist takes the measure of who starts it."""
+    node.workerinput["patience"] = str(patience.factor())
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if told := getattr(session.config, "workerinput", {}).get("patience"):
+        os.environ[patience.VARIABLE] = told
+
+
+def pytest_report_header() -> str:
+    return f"limits of time: x {patience.factor():.2f} ({patience.VARIABLE})"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow files first, so that several workers end at about the same time; each with a limit for this machine."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    usual = config.getoption("timeout", None)
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        seconds = marker.args[0] if marker and marker.args else usual
+        if seconds and patience.factor() > 1:
+            item.add_marker(pytest.mark.timeout(patience.patient(seconds)), append=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def owned(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is mounted in the tests' folders is unmounted, whatever becomes of the runner."""
+    janitor.own(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
@@ -137,6 +173,15 @@ def stage(tmp_path: Path):
     from cluster_stage import Stage
 
     return Stage(tmp_path)
+
+
+@pytest.fixture
+def api(tmp_path: Path):
+    """A server for a real kubectl."""
+    from kube_api import serving
+
+    with serving(tmp_path) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

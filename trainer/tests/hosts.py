@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import janitor
 import pytest
+from janitor import command_line
 
 _pairs = itertools.count()  # several pairs of hosts at once have names of their own
 
@@ -31,6 +33,7 @@ def require() -> None:
 def two(names: Sequence[str]) -> Iterator[list[Host]]:
     """Two hosts that see each other under these names; all their processes are killed at the end."""
     require()
+    janitor.start()
     pair = next(_pairs)
     spaces = [f"k8scifar-{os.getpid()}-{pair}-{number}" for number in range(2)]
     hosts = [
@@ -73,8 +76,9 @@ class Host:
         short = self.name.partition(".")[0]
         whole = ["ip", "netns", "exec", self.space, "unshare", "--uts", "sh", "-c"]
         whole += [f'hostname {short} && exec "$@"', "pod", *command]
+        marked = {janitor.MARK: os.environ[janitor.MARK]}
         with open(log, "ab") as output:
-            return subprocess.Popen(whole, env=dict(environment), stdout=output, stderr=output)
+            return subprocess.Popen(whole, env=dict(environment) | marked, stdout=output, stderr=output)
 
     def processes(self, word: str = "") -> list[int]:
         """Ids of the processes here whose command line holds `word`, oldest first."""
@@ -119,13 +123,6 @@ def send(pids: Sequence[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-
-
-def command_line(pid: int) -> str:
-    """Words of a process's command line; empty for one that has ended."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""
 
 
 def _ip(*arguments: str) -> None:

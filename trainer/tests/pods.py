@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hosts
 from hosts import Host
+from patience import patient
 
 BIN = Path(sys.executable).parent
 NAMES = ("cifar-0.cifar.lab.svc.cluster.local", "cifar-1.cifar.lab.svc.cluster.local")
@@ -117,6 +118,7 @@ class Group:
 
     def until(self, condition, seconds: float, what: str) -> None:
         """Wait for it. Raises AssertionError with both logs' ends."""
+        seconds = patient(seconds)
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 from chart_helpers import CHART, NFS, helm, one, trainer
 from hosts import command_line, two
+from patience import patient
 
 BIN = Path(sys.executable).parent
 # A few seconds: 4 steps an epoch.
@@ -120,7 +121,7 @@ def rendered(tmp_path: Path, kind: str = "StatefulSet", options: tuple[str, ...]
 
 
 def until(condition, seconds: float, pods) -> None:
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patient(seconds)
     while not condition():
         assert time.monotonic() < end, "\n\n".join(pod.text()[-3000:] for pod in pods)
         time.sleep(0.2)

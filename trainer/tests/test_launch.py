@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from patience import patient
 
 from k8scifar import machine
 from k8scifar.errors import UserError
@@ -89,7 +90,7 @@ def attempts(tmp_path) -> int:
 
 
 def until(condition, seconds=20.0):
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patient(seconds)
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -12,6 +12,7 @@ import debian
 import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY
+from patience import patient
 from PIL import Image
 
 from k8scifar.cli import COMMANDS, main
@@ -51,18 +52,18 @@ def test_tensorboard_shows_the_curves_and_pictures_of_a_run(page, run_folder):
     with browser.tensorboard(run_folder.parent) as address:
         page.get(f"{address}?tagFilter=step%2Floss#timeseries")
         rows = "document.querySelectorAll('scalar-card tb-data-table-content-row').length"  # values: the data are there
-        browser.until(page, f"{rows} == 1")
+        browser.until(page, f"{rows} == 1", patient(60))
         assert page.title == "TensorBoard"
         assert "short" in page.find_element("tag name", "runs-selector").text
         canvas = page.find_element("css selector", "scalar-card line-chart canvas")
-        end = time.monotonic() + 60
+        end = time.monotonic() + patient(60)
         while (columns := drawn(canvas)) < 0.5 and time.monotonic() < end:
             time.sleep(0.3)
         assert columns > 0.5
         page.get(f"{address}?tagFilter=test%2Fconfusion#timeseries")
         page.refresh()
         loaded = "[...document.querySelectorAll('image-card img')].find(i => i.complete && i.naturalWidth > 200)"
-        assert browser.until(page, loaded).is_displayed()
+        assert browser.until(page, loaded, patient(60)).is_displayed()
         assert page.find_element("css selector", "image-card tb-truncated-path").get_attribute("title") == (
             "test/confusion"
         )

@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 from conftest import cli, cli_command
+from patience import patient
 from PIL import Image
 
 from k8scifar.data import images, packed, synthetic
@@ -159,7 +160,7 @@ def test_several_at_once_leave_one_good_copy(tmp_path):
 def test_killed_in_the_middle_then_prepared(tmp_path):
     command = cli_command("prepare", "--source", "synthetic:50000:10000", "--data-dir", str(tmp_path))
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patient(60)
     while not list(tmp_path.glob("*.npy")) and not list(tmp_path.glob(".train*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.kill()

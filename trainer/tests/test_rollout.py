@@ -7,6 +7,7 @@ waited for until it is Ready. So what a pod of the new revision needs to be Read
 import time
 
 import pytest
+from patience import patient
 from rendered_pods import Pod, cluster, rendered, summary, until
 
 pytestmark = [pytest.mark.helm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -50,7 +51,7 @@ def test_a_corrected_value_goes_through(tmp_path, mistake):
         else:
             until(lambda: words in pods[0].text() + pods[1].text(), 120, pods)
         old, corrected = list(pods), rendered(tmp_path)
-        end = time.monotonic() + 240
+        end = time.monotonic() + patient(240)
         while not roll_out(hosts, pods, old, corrected, tmp_path):
             assert time.monotonic() < end, "\n\n".join(pod.text()[-3000:] for pod in pods)
             time.sleep(0.5)

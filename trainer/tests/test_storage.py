@@ -17,6 +17,7 @@ import pods
 import pytest
 import yaml
 from conftest import TINY, history, weights_hash
+from patience import patient
 
 from k8scifar import files
 from k8scifar.data import packed
@@ -59,7 +60,7 @@ def shaky(tmp_path):
         at.mkdir()
         command = [sys.executable, str(Path(__file__).parent / "shakyfs.py"), str(folder), str(at), "--late", str(late)]
         mounted.append((at, subprocess.Popen(command)))
-        end = time.monotonic() + 20
+        end = time.monotonic() + patient(20)
         while not os.path.ismount(at):
             assert time.monotonic() < end and mounted[-1][1].poll() is None, "the file system was not mounted"
             time.sleep(0.05)

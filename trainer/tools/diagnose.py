@@ -7,6 +7,8 @@ looks like a password, a token or a key by pattern.
 
 from __future__ import annotations
 
+import contextlib
+import html
 import io
 import json
 import os
@@ -20,8 +22,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus, unquote
 
-from kube import ROOT, Kubectl, Release, arguments, exit_code, standing
+from kube import ROOT, Kubectl, Release, arguments, exit_code
+from standing import standing
 
 HIDDEN = "[left out]"
 LINES = 2000  # of each log
@@ -30,20 +34,34 @@ OWN = re.compile(r"^(POD_NAME|K8SCIFAR_(?!HTTP_AUTHORIZATION)\w*|AWS_(ENDPOINT_U
 # What the name of a setting whose value is secret has in it; names of Secret objects are not secret.
 WORDS = (
     r"password|passwd|passphrase|token|secret_?access_?key|access_?key(?:_?id)?|secret_?key|credential|authorization|"
-    r"api_?key|private_?key|client_?secret"
+    r"api_?-?key|private_?key|client_?secret"
 )
 SECRET_KEY = re.compile(WORDS, re.I)
 NAMING_KEY = re.compile(r"(secretName|[a-z]Secret|automountServiceAccountToken|secretRef|secretKeyRef)$")
 QUERY = r"sig|token|key|secret|pass|cred|auth|policy|expire"
-VALUE = r"(?!\[left out\])[^\s,;\"'}]+"
+# A value: up to the closing quote, else up to a space. What is hidden besides costs less than a tail that is not.
+VALUE = r"""(?:\\*"(?:\\.|[^"\\\n])*|\\*'(?:\\.|[^'\\\n])*|(?!\[left out\])\S+)"""
 PATTERNS = {
-    "user:password@ of an address": (r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@'\"]+@", rf"\1{HIDDEN}@"),
-    "signatures in an address": (rf"(?i)([?&;][^=&\s'\"]*(?:{QUERY})[^=&\s'\"]*=)[^&\s'\"]+", rf"\1{HIDDEN}"),
+    # Up to the last @: a password may hold @, and whatever else should have been encoded there.
+    "user:password@ of an address": (
+        r"(\b[a-zA-Z][a-zA-Z0-9+.-]*:/{1,3})(?:[^\s:/]*:\S*|[^\s/]+)@",
+        rf"\1{HIDDEN}@",
+    ),
+    "user:password@ without a scheme": (
+        r"(?<![\w./:@%+-])[\w.%+-]+:[^\s:/][^\s:]*@(?=(?!sha\d)[\w.-]+:\d)",
+        f"{HIDDEN}@",
+    ),
+    "signatures in an address": (rf"(?i)([?&;][^=&\s'\"]*(?:{QUERY})[^=&\s'\"]*=)[^&\s\"]+", rf"\1{HIDDEN}"),
     "Amazon's key ids": (r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{8,}\b", HIDDEN),
     "JSON web tokens": (r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?", HIDDEN),
     "headers": (r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}", rf"\1 {HIDDEN}"),
-    "settings and mount options": (rf"(?i)([\w.-]*(?:{WORDS})[\"']?\s*[=:]\s*[\"']?){VALUE}", rf"\1{HIDDEN}"),
+    "whole headers": (
+        r"(?im)\b((?:proxy-)?authorization|(?:set-)?cookie)(\s*:\s*)(?!\[left)[^\n\"]+",
+        rf"\1\2{HIDDEN}",
+    ),
+    "settings": (rf"(?i)([\w.-]*(?:{WORDS})[\w.-]*\\*[\"']?\s*[=:]\s*){VALUE}", rf"\1{HIDDEN}"),
     "mount options": (rf"(?i)(?<![\w.-])(pass=){VALUE}", rf"\1{HIDDEN}"),
+    "options of commands": (rf"(?i)(?<!\S)(--?[\w-]*(?:{WORDS})[\w-]*\s+)(?!-){VALUE}", rf"\1{HIDDEN}"),
     "private keys": (r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", HIDDEN),
 }
 
@@ -58,7 +76,11 @@ def redact(text: str) -> str:
 def without_secrets(node: Any, key: str = "") -> Any:
     """A JSON tree whose secrets are left out: environment values, data of Secrets, keys that sound like one."""
     if isinstance(node, list):
-        return [without_secrets(item, key) for item in node]
+        found = [without_secrets(item, key) for item in node]
+        for before, (index, item) in zip(node, enumerate(node[1:], 1), strict=False):  # ["--token", "..."]
+            if isinstance(before, str) and re.fullmatch(r"--?[\w-]+", before) and SECRET_KEY.search(before):
+                found[index] = HIDDEN if isinstance(item, str) else found[index]
+        return found
     if isinstance(node, dict):
         if node.get("kind") == "Secret":
             node = {name: value for name, value in node.items() if name not in ("data", "stringData")}
@@ -70,6 +92,9 @@ def without_secrets(node: Any, key: str = "") -> Any:
             return HIDDEN
         if node and SECRET_KEY.search(key) and not NAMING_KEY.search(key):
             return HIDDEN
+        if node[:1] in "{[" and node:  # JSON as a string, as annotations have it
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.dumps(without_secrets(json.loads(node)))
         return redact(node)
     return node
 
@@ -81,9 +106,28 @@ def settings(node: Any, key: str = "") -> set[str]:
     if not isinstance(node, dict):
         return set()
     found = set().union(*(settings(value, name) for name, value in node.items()))
-    if key == "env" and not OWN.match(str(node.get("name", ""))) and len(str(node.get("value", ""))) >= SHORT:
+    if (
+        key in ("env", "extraEnv")
+        and not OWN.match(str(node.get("name", "")))
+        and len(str(node.get("value", ""))) >= SHORT
+    ):
         found.add(str(node["value"]))
     return found
+
+
+def written(value: str) -> set[str]:
+    """A secret value as it may occur in a text: in parts of an address, encoded, quoted, line by line."""
+    found = {value}
+    _, mark, rest = value.partition("://")
+    user, at, _ = rest.rpartition("@")
+    if mark and at:
+        found |= {user, user.partition(":")[2]}
+    found |= {unquote(each) for each in found}
+    found |= {line.strip() for line in value.splitlines()} if "\n" in value else set()
+    found |= {form for each in found for form in (quote(each, safe=""), quote(each), quote_plus(each))}
+    found |= {json.dumps(each, ensure_ascii=plain)[1:-1] for each in found for plain in (True, False)}
+    found |= {repr(each)[1:-1] for each in found} | {html.escape(each) for each in found}
+    return {each for each in found if len(each) >= SHORT}
 
 
 class Archive:
@@ -91,7 +135,7 @@ class Archive:
 
     def __init__(self, tar: tarfile.TarFile, folder: str, hidden: set[str]) -> None:
         self._tar, self._folder = tar, folder
-        self._hidden = sorted(hidden, key=len, reverse=True)
+        self._hidden = sorted(set().union(*map(written, hidden)), key=len, reverse=True)
         self.names: list[str] = []
 
     def add(self, name: str, text: str) -> None:

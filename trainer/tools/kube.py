@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,10 +20,33 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 MOUNT = "/volumes/checkpoints"
 KINDS = "statefulsets,jobs,deployments,pods,persistentvolumeclaims,services"
-UNREACHABLE = re.compile(
-    r"connection refused|was refused|unable to connect|no such host|i/o timeout|timed out|deadline exceeded|"
-    r"no route to host|context .* does not exist|current-context is not set|handshake|certificate|no configuration",
-    re.I,
+# What kubectl says where it gets no answer, most telling first -> what it means, and what to type.
+FAILURES = (
+    (
+        r"context .*does not exist|context was not found|no context exists",
+        "kubectl knows no such context; `kubectl config get-contexts` lists those it knows: CONTEXT=...",
+    ),
+    (
+        r"Unauthorized|must be logged in|provide credentials|getting credentials|token .*expired|oauth2|"
+        r"unable to load .*(cert|key)|exec plugin",
+        "the cluster does not take your credentials, which may have expired: log in again, or get a new kubeconfig",
+    ),
+    (
+        r"x509|certificate|tls: ",
+        "the cluster's certificate is not the one that your kubeconfig expects: get a new kubeconfig, or CONTEXT=...",
+    ),
+    (
+        r"timed out|deadline exceeded|i/o timeout|Client\.Timeout|TLS handshake timeout",
+        "the cluster does not answer in time: is it on, and is this machine in its network (VPN)? or CONTEXT=...",
+    ),
+    (
+        r"connection refused|was refused|unable to connect|no such host|no route to host|network is unreachable|"
+        r"current-context is not set|no configuration|connection reset|\bEOF\b",
+        "no cluster answers: start it, or choose another of `kubectl config get-contexts` by CONTEXT=...",
+    ),
+)
+FORBIDDEN = re.compile(
+    r'User "(?P<user>[^"]*)" cannot (?P<verb>\w+) resource "(?P<what>[^"]*)"(?:.* in the namespace "(?P<where>[^"]*)")?'
 )
 
 
@@ -52,14 +79,43 @@ class Kubectl:
             return subprocess.CompletedProcess(command, 124, "", f"no answer within {timeout:.0f} s: timed out")
 
     def ask(self, *arguments: str, given: str | None = None) -> str:
-        """What kubectl prints. Raises ToolError where it fails, in kubectl's own last words."""
+        """What kubectl prints. Raises ToolError where it fails: what that means, and kubectl's own words."""
         done = self.run(*arguments, "--request-timeout=20s", given=given)
         if done.returncode == 0:
             return done.stdout
-        words = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        if UNREACHABLE.search(done.stderr):
-            raise ToolError(f"no cluster answers ({words}); look at `kubectl config get-contexts`, or start it")
-        raise ToolError(f"kubectl {arguments[0]}: {words}")
+        if "forbidden" in done.stderr.lower() and holds_items(done.stdout):
+            return done.stdout  # some kinds may be seen, others not
+        raise ToolError(self.why(arguments, done.stderr, done.returncode))
+
+    def why(self, arguments: tuple[str, ...], said: str, code: int) -> str:
+        """One line on a failure of kubectl."""
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        told = re.compile(r"error|unable to|the connection to|no answer", re.I)
+        words = next((line for line in lines if told.match(line)), lines[-1] if lines else f"exit code {code}")
+        if found := FORBIDDEN.search(said):
+            options = self.options()
+            return (
+                f"{found['user']} may not {found['verb']} {found['what']} in namespace {found['where'] or 'any'}: "
+                f"another NAMESPACE=..., or ask who runs the cluster for the role; `kubectl {options} auth can-i "
+                "--list` shows what you may do"
+            )
+        for pattern, meaning in FAILURES:
+            if re.search(pattern, words, re.I):
+                return f"{meaning} ({words.removeprefix('error: ')})"
+        return f"kubectl {arguments[0]}: {words.removeprefix('error: ')}"
+
+    def options(self) -> str:
+        """The options of a command that a person types for this namespace."""
+        context = f" --context={self.context}" if self.context else ""
+        return f"-n {self.namespace}{context}"
+
+
+def holds_items(text: str) -> bool:
+    """Whether a list that kubectl printed has something in it."""
+    try:
+        return bool(json.loads(text)["items"])
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 @dataclass
@@ -79,10 +135,22 @@ class Release:
             release.objects.setdefault(item["kind"], []).append(item)
         if not release.objects:
             raise ToolError(
-                f"there is no release {name} in namespace {kubectl.namespace}; install it (make install), or say "
-                "which: RELEASE=... NAMESPACE=..."
+                f"there is no release {name} in namespace {kubectl.namespace}{release.elsewhere()}; install it "
+                "(make install), or say which: RELEASE=... NAMESPACE=..."
             )
         return release
+
+    def elsewhere(self) -> str:
+        """The releases that there are, in words; empty where that can't be seen."""
+        chosen = "--selector=app.kubernetes.io/part-of=k8scifar"
+        done = self.kubectl.run(
+            "get", "statefulsets,jobs", "--all-namespaces", chosen, "--output=json", "--request-timeout=10s"
+        )
+        if done.returncode or not holds_items(done.stdout):
+            return ""
+        items = json.loads(done.stdout)["items"]
+        names = {f"{label(item, 'instance')} in namespace {item['metadata'].get('namespace', '')}" for item in items}
+        return f" (there is {', '.join(sorted(names)[:5])})"
 
     @property
     def workload(self) -> dict[str, Any] | None:
@@ -95,63 +163,93 @@ class Release:
         found = [pod for pod in self.objects.get("Pod", []) if component in ("", label(pod, "component"))]
         return sorted(found, key=lambda pod: pod["metadata"]["name"])
 
+    def claims(self) -> list[dict[str, Any]]:
+        """The claims of runs, the one in use first, then the newest: an older one may be kept."""
+        found = [
+            item for item in self.objects.get("PersistentVolumeClaim", []) if label(item, "component") == "checkpoints"
+        ]
+        used = self.claim_name()
+        found.sort(key=lambda item: item["metadata"].get("creationTimestamp") or "", reverse=True)
+        return sorted(found, key=lambda item: item["metadata"]["name"] != used)
+
+    def claim_name(self) -> str:
+        """The claim that the workload keeps its run on; empty where there is no workload."""
+        workload = self.workload or {"spec": {}}
+        return claim_of(workload["spec"].get("template", {}).get("spec", {}))
+
     def carriers(self) -> list[dict[str, Any]]:
         """What may carry the chart's notes on the run, most trusted first."""
-        claims = self.objects.get("PersistentVolumeClaim", [])
-        claims = [claim for claim in claims if label(claim, "component") == "checkpoints"]
-        return [item for item in [self.workload, *self.objects.get("Deployment", []), *claims] if item]
+        return [item for item in [self.workload, *self.objects.get("Deployment", []), *self.claims()] if item]
 
     def run_dir(self, needed: bool = True) -> str:
         """The run folder as the pods see it. Where it is not known, raises ToolError, or is empty if not `needed`."""
         for item in self.carriers():
-            if found := item["metadata"].get("annotations", {}).get("k8scifar/run-dir"):
+            if found := (item["metadata"].get("annotations") or {}).get("k8scifar/run-dir"):
                 return found
         if not needed:
             return ""
         raise ToolError(f"release {self.name} does not say where its run is: say it with RUN_DIR={MOUNT}/runs/NAME")
 
-    def reader(self) -> tuple[str, str] | None:
-        """A running pod, and its container, that has the checkpoints' volume; TensorBoard's before the trainers'."""
+    def reader(self, claim: str = "") -> tuple[str, str] | None:
+        """A pod that answers, and its container, that has a claim mounted (empty: the one in use), if any.
+
+        TensorBoard's before the trainers'. A pod whose machine is off still says "running", but is not Ready.
+        """
+        claim = claim or self.claim_name()
         for component in ("tensorboard", "trainer"):
             for pod in self.pods(component):
-                if any(status["name"] == component and "running" in status["state"] for status in statuses(pod)):
+                runs = any(status["name"] == component and "running" in status["state"] for status in statuses(pod))
+                fits = claim in ("", claim_of(pod["spec"]))
+                if runs and fits and answers(pod):
                     return pod["metadata"]["name"], component
         return None
 
 
+def claim_of(spec: dict[str, Any]) -> str:
+    """The claim of the checkpoints' volume in a pod's spec, if it has one."""
+    return mounted(spec).get("checkpoints", "")
+
+
+def mounted(spec: dict[str, Any]) -> dict[str, str]:
+    """The claims of a pod's spec, by volume."""
+    found = {each["name"]: each.get("persistentVolumeClaim") or {} for each in spec.get("volumes") or []}
+    return {name: claim["claimName"] for name, claim in found.items() if claim}
+
+
+def mounted_by(workload: dict[str, Any] | None) -> set[str]:
+    """The claims that a workload's pods mount."""
+    return set(mounted((workload or {"spec": {}})["spec"].get("template", {}).get("spec", {})).values())
+
+
+def condition(item: dict[str, Any], kind: str) -> dict[str, Any]:
+    """One of the conditions in an object's status; empty where it has none of this type."""
+    found = item.get("status", {}).get("conditions") or []
+    return next((each for each in found if each["type"] == kind), {})
+
+
+def answers(pod: dict[str, Any]) -> bool:
+    """Whether a command can be run in a pod: not on its way out, and its machine is there.
+
+    The kubelet sets both conditions alike; where only Ready is false, the node controller has missed its machine.
+    """
+    ready, containers = condition(pod, "Ready"), condition(pod, "ContainersReady")
+    missed = ready.get("status") in ("False", "Unknown") and containers.get("status") == "True"
+    missed = missed and ready.get("reason") != "ReadinessGatesNotReady"
+    lost = (
+        condition(pod, "DisruptionTarget").get("status") == "True" or pod.get("status", {}).get("reason") == "NodeLost"
+    )
+    return not (missed or lost or pod["metadata"].get("deletionTimestamp"))
+
+
 def label(item: dict[str, Any], name: str) -> str:
     """One of the recommended labels."""
-    return item["metadata"].get("labels", {}).get(f"app.kubernetes.io/{name}", "")
+    return item.get("metadata", {}).get("labels", {}).get(f"app.kubernetes.io/{name}", "")
 
 
 def statuses(pod: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of its containers, those that initialise it first."""
     status = pod.get("status", {})
     return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
-
-
-def standing(pod: dict[str, Any]) -> tuple[str, str]:
-    """The container a pod is at, and how it stands, in words."""
-    for status in statuses(pod):
-        state = status.get("state", {})
-        ended = state.get("terminated") or status.get("lastState", {}).get("terminated") or {}
-        why = " ".join(ended.get("message", "").split()[-60:])
-        if "waiting" in state and state["waiting"].get("reason") != "PodInitializing":
-            words = state["waiting"].get("reason") or "waiting"
-            return status["name"], f"{words}: {why or state['waiting'].get('message', '')}".rstrip(": ")
-        if "running" in state:
-            restarts = f", restarted {status['restartCount']} times" if status.get("restartCount") else ""
-            return status["name"], f"running{restarts}"
-        if "terminated" in state and state["terminated"].get("exitCode"):
-            return status["name"], f"ended with exit code {state['terminated']['exitCode']}: {why}".rstrip(": ")
-    last = statuses(pod)[-1:]
-    if last and "terminated" in last[0].get("state", {}):
-        return last[0]["name"], "done"
-    conditions = pod.get("status", {}).get("conditions", [])
-    unfit = next((each for each in conditions if each["type"] == "PodScheduled" and each["status"] == "False"), None)
-    if unfit:
-        return "", f"not scheduled: {unfit.get('message', unfit.get('reason', ''))}"
-    return "", pod.get("status", {}).get("phase", "unknown").lower()
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -163,12 +261,42 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def listening(host: str, port: str, command: str) -> int:
+    """The port as a number. Raises ToolError where it is none, taken, or can't be listened at by this user."""
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ToolError(f"PORT={port} is no port: a number from 1 to 65535")
+
+    def reason(number: int) -> OSError | None:
+        try:
+            family, *_, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+            socket.create_server(address, family=family).close()
+        except OSError as error:
+            return error
+        return None
+
+    fault = reason(int(port))
+    if isinstance(fault, socket.gaierror) or (fault and fault.errno == errno.EADDRNOTAVAIL):
+        raise ToolError(f"HOST={host} is no address of this machine: localhost, or 0.0.0.0 for all its networks")
+    if fault and fault.errno == errno.EACCES:
+        raise ToolError(f"port {port} needs root: {command} PORT=6006")
+    if fault:
+        free = next((str(number) for number in range(int(port) + 1, 65536) if not reason(number)), "...")
+        raise ToolError(f"port {port} of {host} is taken: {command} PORT={free}")
+    return int(port)
+
+
 def exit_code(action: Callable[[], int | None]) -> int:
-    """Run a tool; a ToolError is one line and exit code 2."""
+    """Run a tool; a ToolError is one line and exit code 2. A reader that has had enough (`| head`) is no fault."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is taken back
     try:
-        return action() or 0
+        code = action() or 0
+        sys.stdout.flush()
+        return code
     except ToolError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left unsaid goes there at the end
+        return 0
     except KeyboardInterrupt:
         return 130
