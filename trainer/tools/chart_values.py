@@ -56,7 +56,7 @@ class Checkpoints(Section):
 
 
 class Dataset(Checkpoints):
-    source: str = Field(pattern=r"^(auto|cifar10|synthetic(:[0-9]+:[0-9]+)?|imagefolder:.+)$")
+    source: str = Field(pattern=r"^(auto|cifar10(:.+)?|synthetic(:[0-9]+:[0-9]+)?|imagefolder:.+)$")
     credentialsSecret: str
     s3Endpoint: str = Field(pattern=r"^(https?://.+)?$")
     waitSeconds: int = Field(ge=1)

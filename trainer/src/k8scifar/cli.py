@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -19,9 +20,9 @@ COMMANDS = {
     "launch": ("launch", "add_arguments", "run", "run torchrun on this machine, supervised"),
     "preflight": ("preflight", "add_arguments", "run", "check names, volumes and network before training"),
     "status": ("status", "add_arguments", "run", "say from its run folder what a training is doing"),
-    "evaluate": ("evaluate", "add_arguments", "run", "evaluate a trained model on the test pictures"),
+    "evaluate": ("evaluate", "add_arguments", "run", "evaluate a trained model on the test images"),
     "report": ("report", "add_arguments", "run", "write the report of a finished run again"),
-    "predict": ("predict", "add_arguments", "run", "classify pictures"),
+    "predict": ("predict", "add_arguments", "run", "classify images"),
     "config": ("settings", "add_config_arguments", "run_config", "print the resolved configuration, or its schema"),
 }
 
@@ -29,6 +30,9 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. A mistake of the user's is one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name of any script, whatever the terminal's encoding
     try:
         parser, module, run = _parser(argv[0] if argv else "")
         args = parser.parse_args(argv)
@@ -65,7 +69,7 @@ def _tell(error: UserError | TrainingError) -> None:
         reason = os.environ.get("K8SCIFAR_REASON_FILE")
         if reason:
             with contextlib.suppress(OSError):
-                Path(reason).write_text(line + "\n")
+                Path(reason).write_text(line + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 if __name__ == "__main__":

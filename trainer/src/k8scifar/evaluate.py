@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from k8scifar import parallel
+from k8scifar.address import local
 from k8scifar.data.augment import Pictures
 from k8scifar.parallel import World
 
@@ -144,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`k8scifar evaluate`."""
-    outcome, classes = measure(Path(args.checkpoint), Path(args.data_dir), args.sets)
+    outcome, classes = measure(local(args.checkpoint), local(args.data_dir), args.sets)
     if outcome is not None:
         print(json.dumps(outcome.figures) if args.json else describe(outcome.figures, classes))
     return 0

@@ -1,16 +1,16 @@
-"""`k8scifar predict`: the likeliest classes of pictures of any size."""
+"""`k8scifar predict`: the likeliest classes of images of any size."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 
+from k8scifar.address import local
 from k8scifar.data.augment import Pictures
-from k8scifar.data.images import decode
-from k8scifar.errors import UserError
+from k8scifar.data.decode import decode
+from k8scifar.data.tree import read_image
 from k8scifar.trained import Trained, open_model
 
 TOP = 3
@@ -19,14 +19,14 @@ TOP = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of `k8scifar predict`."""
     parser.add_argument("checkpoint", help="a checkpoint (.pt), exported weights (.safetensors) or a run folder")
-    parser.add_argument("images", nargs="+", metavar="image", help="picture files of any size")
+    parser.add_argument("images", nargs="+", metavar="image", help="image files of any size")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """`k8scifar predict`."""
-    trained = open_model(Path(args.checkpoint))
-    results = [{"image": name, "top": predict(trained, _read(name), name)} for name in args.images]
+    trained = open_model(local(args.checkpoint))
+    results = [{"image": name, "top": predict(trained, read_image(name), name)} for name in args.images]
     if args.json:
         print(json.dumps(results))
         return 0
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 @torch.inference_mode()
 def predict(trained: Trained, content: bytes, name: str) -> list[dict[str, float | str]]:
-    """The likeliest classes of a picture file's bytes, each {class, probability}. Raises UserError for no picture."""
+    """The likeliest classes of an image file's bytes, each {class, probability}. Raises UserError for no image."""
     image = torch.tensor(decode(content, name))[None]
     pictures = Pictures(image, torch.zeros(1, dtype=torch.int64), trained.mean, trained.std)
     logits = trained.net(pictures.plain(torch.tensor([0]), trained.pixels))
@@ -46,10 +46,3 @@ def predict(trained: Trained, content: bytes, name: str) -> list[dict[str, float
         {"class": trained.classes[index], "probability": round(probability, 6)}
         for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
-
-
-def _read(name: str) -> bytes:
-    try:
-        return Path(name).read_bytes()
-    except OSError as error:
-        raise UserError(f"picture {name} can't be read: {error.strerror}; check the path") from None

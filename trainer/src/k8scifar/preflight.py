@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from k8scifar import completion, launch, network, settings
+from k8scifar.address import local
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import sync_folder, write_atomically
 
@@ -45,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wait", type=float, default=300.0, metavar="SECONDS", help="how long to wait for others (300)"
     )
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data set")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of the run folders")
+    parser.add_argument("--data-dir", type=local, default=Path("data"), metavar="DIR", help="folder of the data set")
+    parser.add_argument("--runs-dir", type=local, default=Path("runs"), metavar="DIR", help="folder of the run folders")
     parser.add_argument("--min-free", type=int, default=512, metavar="MIB", help="free space of each volume, MiB (512)")
     parser.add_argument("--interface", default="", metavar="NAME", help="network interface of the collectives")
     parser.add_argument("--config", metavar="FILE", help="settings of the run; one that is finished needs no peers")

@@ -21,6 +21,7 @@ from typing import Any
 
 import k8scifar
 from k8scifar import completion
+from k8scifar.address import local
 from k8scifar.data import packed
 from k8scifar.errors import UserError
 from k8scifar.files import write_atomically
@@ -33,9 +34,9 @@ Curve = list[tuple[int, float]]  # (step, value)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of `k8scifar report`."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a finished run, such as runs/demo")
+    parser.add_argument("run_dir", type=local, metavar="RUN", help="the folder of a finished run, such as runs/demo")
     parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder of the packed data set, to show the worst mistakes"
+        "--data-dir", type=local, metavar="DIR", help="folder of the packed data set, to show the worst mistakes"
     )
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from k8scifar import completion, journal
+from k8scifar.address import local
 from k8scifar.errors import FAILED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the run folder, such as runs/demo")
+    parser.add_argument("run_dir", type=local, metavar="RUN", help="the run folder, such as runs/demo")
     parser.add_argument(
         "--wait", type=float, default=0.0, metavar="SECONDS", help="how long to watch for training to move (0)"
     )
