@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import math
+import os
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, features
@@ -80,7 +81,8 @@ def decode(content: bytes, name: str, pixels: int = PIXELS) -> np.ndarray:
                 raise ValueError("a chunk's check sum is not the chunk's")
             if min(image.size) >= 2 * DETAIL * pixels:
                 image.draft(None, (DETAIL * pixels, DETAIL * pixels))  # JPEG alone: decoded at a fraction of its size
-            image.load()
+            with _muted() if image.format == "TIFF" else contextlib.nullcontext():
+                image.load()
             rgb = _shrunk(image, pixels)
             rgb = rgb.transpose(_UPRIGHT[turned]) if (turned := _orientation(image)) in _UPRIGHT else rgb
             if rgb.size != (pixels, pixels):
@@ -101,7 +103,7 @@ def _instead(content: bytes) -> str:
     return "is not an image that can be read"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without Pillow's warnings, and without its own limit on an image's size, which has no good words for it."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -111,6 +113,23 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Without what libtiff writes to the standard error itself, of which Python knows nothing."""
+    try:
+        kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # a process without a standard error
+        yield
+        return
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _png_is_whole(content: bytes) -> bool:
@@ -169,7 +188,7 @@ def _rgb(image: Image.Image, white: float) -> Image.Image:
 
 def _white(image: Image.Image) -> float:
     """The value that is white where a channel has more than 8 bits; 0 where it has not."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 65535.0
     if image.mode not in ("I", "F"):
         return 0.0
