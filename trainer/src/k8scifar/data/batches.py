@@ -68,11 +68,8 @@ def read(source: Source, found: Batches) -> tuple[list[str], dict[str, Split], b
         keys[key]: content for key, content in source.contents({key: place.files[name] for key, name in keys.items()})
     }
     parse = _binary if found.suffix else _python
-    try:
-        classes = _classes(contents.get(meta), bool(found.suffix), f"{label}: {place.name(meta)}")
-        parts = {name: _checked(parse, contents[name], len(classes), f"{label}: {place.name(name)}") for name in wanted}
-    except MemoryError:
-        raise UserError(f"{label} needs more memory than there is") from None
+    classes = _classes(contents.get(meta), bool(found.suffix), f"{label}: {place.name(meta)}")
+    parts = {name: _checked(parse, contents[name], len(classes), f"{label}: {place.name(name)}") for name in wanted}
     train = [parts[name] for name in wanted[:-1]]
     splits = {
         "train": Split(
@@ -110,8 +107,6 @@ def _classes(content: bytes | None, is_text: bool, what: str) -> list[str]:
             names: Any = content.decode().split()
         else:
             names = [_text(name) for name in _unpickled(content)["label_names"]]
-    except MemoryError:
-        raise
     except Exception as error:
         raise UserError(f"{what} is no list of CIFAR-10's classes ({_said(error)}); fetch it again") from None
     names = [class_name(name, f"{what}: {name}") for name in names]
@@ -123,9 +118,7 @@ def _classes(content: bytes | None, is_text: bool, what: str) -> list[str]:
 def _checked(parse: Callable[[bytes], Split], content: bytes, classes: int, what: str) -> Split:
     try:
         part = parse(content)
-    except MemoryError:
-        raise
-    except Exception as error:  # a pickle can raise whatever it likes
+    except Exception as error:  # a pickle can raise whatever it likes, a damaged one MemoryError too
         raise UserError(f"{what} is no batch of CIFAR-10 ({_said(error)}); unpack or fetch it again") from None
     if not len(part) or part.labels.min() < 0 or part.labels.max() >= classes:
         raise UserError(f"{what} holds no images, or labels that are not 0 to {classes - 1}; unpack or fetch it again")
