@@ -9,6 +9,7 @@ import lzma
 import random
 import stat
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -310,6 +311,9 @@ def test_zips_that_cannot_be_unpacked_here_say_why(tmp_path):
 # --- what is no archive of ours
 
 
+ZSTANDARD = "needs Python 3.14; run `zstd -d` on it first" if sys.version_info < (3, 14) else "not a whole archive"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -326,6 +330,7 @@ def test_zips_that_cannot_be_unpacked_here_say_why(tmp_path):
         (zipped({"arr_0.npy": b"\x93NUMPY"}), ".npz of NumPy arrays; write its images"),
         (zipped({"train.zip": zipped(SMALL)}), "name the archive itself"),
         (b"\x28\xb5\x2f\xfd\x20" + bytes(100), "zstandard without a check sum"),
+        (b"\x28\xb5\x2f\xfd\x24" + bytes(100), ZSTANDARD),
     ],
 )
 def test_what_is_not_taken_is_named_with_the_way(tmp_path, content, words):
@@ -362,6 +367,20 @@ def test_headers_that_would_fill_the_memory_or_never_end(tmp_path):
         header[148:156] = b"%06o\0 " % sum(header)
         (tmp_path / "data.tar").write_bytes(bytes(header) + tarred(SMALL))
         assert "not a whole archive" in refused(tmp_path / "data.tar")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="Python has zstandard from 3.14 on")
+def test_zstandard_where_python_has_it(tmp_path, expected):
+    from compression import zstd
+
+    whole = zstd.compress(tarred(SMALL), options={zstd.CompressionParameter.checksum_flag: 1})
+    (tmp_path / "data.tar.zst").write_bytes(whole)
+    assert taken(tmp_path / "data.tar.zst") == expected
+    for at in range(0, len(whole), 40):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x55
+        (tmp_path / "data.tar.zst").write_bytes(damaged)
+        assert str(tmp_path) in refused(tmp_path / "data.tar.zst")
 
 
 def test_zlib_errors_are_what_the_damage_raises():

@@ -16,6 +16,7 @@ import pytest
 from data_sets import encoded, files, laid, pixels, refused
 from PIL import Image
 
+from k8scifar.cli import main
 from k8scifar.data.decode import FORMATS, LIMIT, SUFFIXES, decode
 from k8scifar.data.images import read_tree
 from k8scifar.errors import UserError
@@ -365,3 +366,38 @@ def test_a_broken_image_in_a_set_is_named_by_its_path(tmp_path):
     content = files() | {"train/cat/page.jpg": b"<!DOCTYPE html>"}
     said = refused(laid(tmp_path, content))
     assert "train/cat/page.jpg is not an image that can be read; replace or remove it" in said
+
+
+def test_predict_reads_as_prepare_does(tmp_path, capsys):
+    """A phone's photograph, 16 bits, transparency: the same answer as for the plain image; a broken one is a line."""
+    import torch
+
+    from k8scifar import model
+    from k8scifar.config import Model
+    from k8scifar.trained import Trained, export
+
+    torch.manual_seed(0)
+    weights = tmp_path / "model.safetensors"
+    export(weights, Trained(model.build(Model(), 3), Model(), ["a", "b", "c"], [0.5] * 3, [0.2] * 3, 8))
+    grey = np.arange(0, 256, 8, dtype=np.uint8)[:, None].repeat(32, 1)
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    clear = np.dstack([grey, np.full_like(grey, 255)])
+    clear[grey == 0, 1], white = 0, np.where(grey == 0, 255, grey).astype(np.uint8)
+    content = {
+        "plain.png": encoded(grey),
+        "deep.png": encoded(grey.astype(np.uint16) * 257),
+        "turned.png": encoded(Image.fromarray(grey).transpose(Image.Transpose.ROTATE_90), exif=tag),
+        "white.png": encoded(white),
+        "clear.png": encoded(Image.fromarray(clear, "LA")),
+    }
+    laid(tmp_path, content)
+    capsys.readouterr()
+    assert main(["predict", str(weights), *(str(tmp_path / name) for name in content)]) == 0
+    said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    plain, deep, turned, white, clear = (said[str(tmp_path / name)] for name in content)
+    assert plain == deep == turned != white == clear
+    (tmp_path / "middle.png").write_bytes(content["plain.png"].replace(b"IDAT", b"\xa9\x8a\xbc\x07"))
+    assert main(["predict", str(weights), str(tmp_path / "middle.png")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"k8scifar: error: {tmp_path}/middle.png is not an image that can be read; replace or remove it"

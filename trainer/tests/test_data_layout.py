@@ -165,6 +165,11 @@ def test_what_was_found_is_listed(tmp_path, content, words):
     assert words in refused(laid(tmp_path, content))
 
 
+def test_one_split_named_instead_of_both_is_told(tmp_path):
+    words = refused(laid(tmp_path, GOOD) / "train")
+    assert "has 2 classes (cat/ with 3, dog/ with 3) of one split; name the folder that holds both" in words
+
+
 def test_one_class_is_too_few(tmp_path):
     assert "has one class only (cat)" in refused(laid(tmp_path, files(classes=("cat",))))
 
@@ -183,8 +188,8 @@ def test_everything_left_out_is_counted(tmp_path, capsys):
     (path / "test" / "bird").mkdir()
     (path / "train" / "cat" / "again").symlink_to("..")
     assert said(path, capsys) == (
-        "took 6 train + 4 test images of 2 classes; not used: extra/ (1 images); left out: 4 hidden, 4 by suffix "
-        "(2 .heic, 1 .txt, 1 without a suffix), 1 images outside of a class's folder, 1 link to a folder above; "
+        "took 6 train + 4 test images of 2 classes; not used: extra/ (1 image); left out: 4 hidden, 4 by suffix "
+        "(2 .heic, 1 .txt, 1 without a suffix), 1 image outside of a class's folder, 1 link to a folder above; "
         "folders without images: train/bird, test/bird"
     )
 

@@ -61,7 +61,7 @@ def _account(root: Place, chosen: Layout, classes: int) -> str:
         if name.lower() != split:
             said.append(f"{name}/ is taken as {split}")
     if unused := layout.outside(root, chosen):
-        said.append("not used: " + ", ".join(f"{top}/ ({len(files):,} images)" for top, files in unused.items()))
+        said.append("not used: " + ", ".join(f"{top}/ ({_many(len(files))})" for top, files in unused.items()))
     left = []
     within = [place for split in chosen.splits.values() for place in split.below]
     if hidden := sum(place.hidden for place in root.below):
@@ -70,7 +70,7 @@ def _account(root: Place, chosen: Layout, classes: int) -> str:
     if others:
         left.append(f"{len(others):,} by suffix ({layout.suffixes(others)})")
     if loose := sum(is_image(name) for split in chosen.splits.values() for name in split.files):
-        left.append(f"{loose:,} images outside of a class's folder")
+        left.append(f"{_many(loose)} outside of a class's folder")
     if loops := sum(place.loops for place in root.below):
         left.append(f"{loops:,} link{'s' * (loops > 1)} to a folder above")
     if lost := [place.name(name) for place in root.below for name in place.lost if place not in within]:
@@ -82,3 +82,7 @@ def _account(root: Place, chosen: Layout, classes: int) -> str:
         more = " ..." if len(empty) > layout.SHOWN else ""
         said.append(f"folders without images: {', '.join(empty[: layout.SHOWN])}{more}")
     return "; ".join(said)
+
+
+def _many(images: int) -> str:
+    return f"{images:,} image{'s' * (images != 1)}"

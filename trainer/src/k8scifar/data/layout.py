@@ -193,6 +193,10 @@ def _instead(root: Place, pairs: list[Layout], label: str) -> str:
         return f"has no train/<class>/ and test/<class>/, but {len(root.images):,} images: {_listed(root)}"
     where = f" in {several.path}/" if several.path else ""
     path = "/".join(part for part in (_plain(label), several.path) if part)
+    if os.path.basename(path).lower() in (*TRAIN, *SECOND[0], *SECOND[1]):
+        return (
+            f"has {len(_classes(several))} classes ({_listed(several)}) of one split; name the folder that holds both"
+        )
     return (
         f"has {len(_classes(several))} classes{where} ({_listed(several)}), but no split into train/ and test/; "
         f"every sixth image as test{_unpacked(label)}: {SPLIT.format(folder=_quoted(path))} -- then name "
