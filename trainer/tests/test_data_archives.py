@@ -6,14 +6,18 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import random
+import shutil
 import stat
 import struct
+import subprocess
 import sys
 import tarfile
 import zipfile
 import zlib
 
+import numpy as np
 import pytest
 from data_sets import add, encoded, files, laid, pixels, refused, taken, tarred, zipped
 
@@ -166,6 +170,8 @@ def holed() -> bytes:
 
 
 HOLED = holed()
+LARGE = encoded(np.vstack([np.full((20, 300, 3), 200, np.uint8), np.zeros((260, 300, 3), np.uint8)] * 2), "BMP")
+LARGE = LARGE[:3000] + bytes(len(LARGE) - 6000) + LARGE[-3000:]
 SYM, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
 KINDS = {
     "hard links": (lambda a: (put_small(a), link(a, "train/cat/9.png", "train/cat/0.png", HARD)),
@@ -234,6 +240,26 @@ def test_links_that_multiply_are_cut_off(tmp_path, monkeypatch):
         add(archive, "levels/30/x.png", ONE)
     (tmp_path / "data.tar").write_bytes(out.getvalue())
     assert "holds more than 5,000 files" in refused(tmp_path / "data.tar")
+
+
+@pytest.mark.parametrize(
+    "options", [["--format=v7"], ["--format=posix", "--sparse"], ["--format=gnu", "--sparse", "-P"]]
+)
+def test_what_gnu_tar_packs_of_links_and_holes(tmp_path, options):
+    if not (tar := shutil.which("tar")):
+        pytest.skip("needs tar")
+    folder = laid(tmp_path / "set", SMALL | {"train/cat/holes.bmp": b""})
+    with open(folder / "train" / "cat" / "holes.bmp", "wb") as file:
+        file.write(LARGE[:3000])
+        file.seek(len(LARGE) - 3000)
+        file.write(LARGE[-3000:])
+    os.link(folder / "train" / "cat" / "0.png", folder / "train" / "cat" / "twin.png")
+    (folder / "train" / "cat" / "linked.png").symlink_to("../dog/1.png")
+    command = [tar, *options, "-cf", tmp_path / "data.tar", "set"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this tar can't: {done.stderr}")
+    assert taken(tmp_path / "data.tar") == taken(folder)
 
 
 # --- zips
@@ -330,6 +356,7 @@ ZSTANDARD = "needs Python 3.14; run `zstd -d` on it first" if sys.version_info <
         (zipped({"arr_0.npy": b"\x93NUMPY"}), ".npz of NumPy arrays; write its images"),
         (zipped({"train.zip": zipped(SMALL)}), "name the archive itself"),
         (b"\x28\xb5\x2f\xfd\x20" + bytes(100), "zstandard without a check sum"),
+        (lzma.compress(tarred(SMALL), check=lzma.CHECK_NONE), "xz without a check sum"),
         (b"\x28\xb5\x2f\xfd\x24" + bytes(100), ZSTANDARD),
     ],
 )

@@ -39,6 +39,8 @@ def _xz() -> Any:
 
 def compression(start: bytes, label: str) -> Callable[[], Any] | None:
     """What unpacks a file that begins so; None where none of ours does. Raises UserError where it can't here."""
+    if start.startswith(b"\xfd7zXZ\0") and start[7:8] == b"\0":
+        raise UserError(f"{label} is packed by xz without a check sum; pack it with one, or {UNPACK}")
     for magic, make in ((b"\x1f\x8b", _Gzip), (b"BZh", bz2.BZ2Decompressor), (b"\xfd7zXZ\0", _xz)):
         if start.startswith(magic):
             return make
