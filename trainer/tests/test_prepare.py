@@ -18,7 +18,7 @@ from conftest import cli, cli_command
 from patience import patient
 from PIL import Image
 
-from k8scifar.data import images, packed, synthetic
+from k8scifar.data import images, packed, remote, synthetic
 from k8scifar.data.prepare import prepare, wait
 from k8scifar.errors import TrainingError, UserError
 
@@ -100,9 +100,9 @@ def test_imagefolder_resizes_other_sizes(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda root: (root / "train" / "cat" / "0000.png").write_bytes(b"no picture"), "0000.png is not a picture"),
-        (lambda root: (root / "test").rename(root / "validation"), "no pictures under test/"),
-        (lambda root: (root / "test" / "dog").rename(root / "test" / "doge"), "differ in the classes dog, doge"),
+        (lambda root: (root / "train/cat/0000.png").write_bytes(b"no"), "0000.png is not an image that can be read"),
+        (lambda root: (root / "test").rename(root / "other"), r"train/ with 2 classes, but no test/ .*: other/"),
+        (lambda root: (root / "test/dog").rename(root / "test/doge"), r"classes dog \(only in train/\), doge"),
     ],
 )
 def test_imagefolder_mistakes(tmp_path, spoil, words):
@@ -239,7 +239,7 @@ def test_cifar10_download(tmp_path, cifar_server):
 def test_cifar10_with_a_wrong_checksum_is_refused(tmp_path, cifar_server):
     path = cifar_server / "cifar-10-python.tar.gz"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match="download of CIFAR-10 failed"):
+    with pytest.raises(TrainingError, match=r"127\.0\.0\.1 sent another file .*cifar10:PATH"):
         prepare(tmp_path / "data", "cifar10")
     assert packed.read_manifest(tmp_path / "data") is None
 
@@ -257,8 +257,10 @@ def test_auto_without_a_network_is_synthetic_with_a_notice(tmp_path, monkeypatch
     assert manifest.source == "synthetic"
     notice = [line for line in capsys.readouterr().err.splitlines() if line.startswith("NOTICE")]
     assert len(notice) == 2
-    with pytest.raises(UserError, match="out of reach"):
+    monkeypatch.setattr(remote, "PAUSES", (0.0,))
+    with pytest.raises(TrainingError, match=r"failed 5 times .*cifar10:PATH"):
         prepare(tmp_path / "other", "cifar10")
+    assert capsys.readouterr().err.count("trying again") == 4, "asked for by name, it is not given up at once"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")

@@ -41,7 +41,7 @@ def test_two_ranks_learn_the_real_pictures(tmp_path):
                 part.addfile(member, archive.extractfile(member))
     prepared = cli("prepare", "--source", f"imagefolder:{tmp_path / 'part.tar'}", "--data-dir", str(tmp_path / "data"))
     assert prepared.returncode == 0, prepared.stderr
-    assert "8,000 train + 2,000 test pictures, 10 classes" in prepared.stderr
+    assert "8,000 train + 2,000 test images, 10 classes" in prepared.stderr
     values = ("epochs=2", "global_batch=100", "micro_batch=50", "resolution=[{until: 1.0, pixels: 12}]")
     sets = [part for value in (*values, "optimizer.lr=0.1", "augment.cutout=0") for part in ("--set", value)]
     paths = ("--data-dir", str(tmp_path / "data"), "--runs-dir", str(tmp_path / "runs"), "--name", "real")

@@ -168,7 +168,7 @@ def test_a_download_that_never_ends_well_is_given_up(tmp_path, server):
         ({"status": 404}, "404 Not Found"),
         ({"status": 403}, "check the credentials"),
         ({"length": False}, "does not say how long"),
-        ({"content": b"<html>log in first</html>"}, "is not a whole .tar"),
+        ({"content": b"<html>log in first</html>"}, "is a web page, not an archive"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, server, change, words, capsys):

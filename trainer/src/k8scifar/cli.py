@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -34,6 +35,9 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. A mistake of the user's is one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name of any script, whatever the terminal's encoding
     try:
         parser, module, run = _parser(argv[0] if argv else "")
         args = parser.parse_args(argv)
@@ -67,7 +71,7 @@ def _tell(error: UserError | TrainingError) -> None:
         reason = os.environ.get("K8SCIFAR_REASON_FILE")
         if reason:
             with contextlib.suppress(OSError):
-                Path(reason).write_text(line + "\n")
+                Path(reason).write_text(line + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 if __name__ == "__main__":

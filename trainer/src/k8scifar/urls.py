@@ -1,9 +1,11 @@
-"""Addresses of archives, and what of them may be shown."""
+"""Addresses and paths as people write them, and what of an address may be shown."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 SECRET = re.compile(r"sig|token|key|secret|pass|cred|auth|expire|policy|^x-(amz|goog)-|^s[a-z]$|^se$", re.I)
@@ -12,6 +14,11 @@ SECRET = re.compile(r"sig|token|key|secret|pass|cred|auth|expire|policy|^x-(amz|
 def is_address(text: str) -> bool:
     """Whether `text` is an address rather than a path."""
     return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
+
+
+def local(text: str | Path) -> Path:
+    """A path as a person writes it, ~ being the home folder also where no shell has seen it."""
+    return Path(os.path.expanduser(text))
 
 
 def public(address: str) -> str:

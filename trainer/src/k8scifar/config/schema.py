@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from k8scifar.urls import is_address, public
+from k8scifar.urls import is_address, local, public
 
 DEFAULT_RECIPE = "demo"
 
@@ -33,6 +34,10 @@ OWN = {
     "recipe": True, "name": True, "runs_dir": True, "data": True, "log": True,
     "distributed": {"interface"}, "hardware": {"device", "threads"},
 }  # fmt: skip
+
+# In JSON's schema; here a sentence says what is wrong. No name begins with a dot: "." and ".." are other folders.
+RUN_NAME = r"^([A-Za-z0-9_-][A-Za-z0-9_.-]*)?$"
+SOURCE = r"^(auto|cifar10(:.+)?|synthetic(:[0-9]+:[0-9]+)?|imagefolder:.+)$"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -101,15 +106,25 @@ class Augment(_Section):
 
 
 class Data(_Section):
-    source: str = Field("auto", pattern=r"^(auto|cifar10|synthetic|imagefolder:.+)$")
-    """`auto`, `cifar10`, `synthetic` or `imagefolder:PATH` (a folder, a .tar or .tar.gz of one, or its address)."""
+    source: str = Field("auto", json_schema_extra={"pattern": SOURCE})
+    """`auto`, `cifar10`, `cifar10:PATH` (its batches, downloaded already), `synthetic` or `imagefolder:PATH` (a folder,
+    or a .tar, .tar.gz, .tar.bz2, .tar.xz or .zip of one); a PATH may be an address."""
     dir: str = "data"
     """Folder of the packed data set."""
+
+    @field_validator("dir")
+    @classmethod
+    def _at_home(cls, path: str) -> str:
+        return str(local(path))
 
     @field_validator("source")
     @classmethod
     def _without_credentials(cls, source: str) -> str:
         """config.yaml, the checkpoints and the report show it."""
+        if not re.fullmatch(SOURCE, source):
+            raise ValueError(
+                f"data.source = {source!r} is unknown; use auto, cifar10, cifar10:PATH, synthetic or imagefolder:PATH"
+            )
         kind, _, address = source.partition(":")
         return f"{kind}:{public(address)}" if is_address(address) else source
 
@@ -185,7 +200,7 @@ class Config(_Section):
 
     recipe: str = DEFAULT_RECIPE
     """Recipe that the other values start from: demo, quick, standard or best."""
-    name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", max_length=63)
+    name: str = Field("", max_length=63, json_schema_extra={"pattern": RUN_NAME})
     """Name of the run, and of its folder; empty: the recipe's name."""
     runs_dir: str = "runs"
     """Folder of the run folders."""
@@ -213,6 +228,20 @@ class Config(_Section):
     distributed: Distributed = Field(default_factory=Distributed)
     hardware: Hardware = Field(default_factory=Hardware)
     log: Log = Field(default_factory=Log)
+
+    @field_validator("runs_dir")
+    @classmethod
+    def _at_home(cls, path: str) -> str:
+        return str(local(path))
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(RUN_NAME, name):
+            raise ValueError(
+                f"name = {name!r} can't name a run's folder; use letters, digits, `_`, `-` and `.`, no `.` at the start"
+            )
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

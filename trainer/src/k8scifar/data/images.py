@@ -1,87 +1,88 @@
-"""Images from folders and archives in torchvision's ImageFolder layout, and single pictures."""
+"""Images of a folder or an archive, in torchvision's ImageFolder layout or as CIFAR-10's own batches, as arrays."""
 
 from __future__ import annotations
 
-import io
-import tarfile
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from k8scifar.data.packed import SPLITS, Split
-from k8scifar.errors import UserError
-
-PIXELS = 32
-SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # torchvision's IMG_EXTENSIONS
-
-
-def decode(content: bytes, name: str, pixels: int = PIXELS) -> np.ndarray:
-    """A picture of any size as uint8 [pixels, pixels, 3]: the centre square, resized.
-
-    Raises UserError naming the file that is no picture.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            rgb = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        raise UserError(f"{name} is not a picture that can be read; replace or remove it") from None
-    if rgb.size != (pixels, pixels):
-        rgb = ImageOps.fit(rgb, (pixels, pixels), Image.Resampling.BICUBIC)
-    return np.asarray(rgb)
+from k8scifar.console import say
+from k8scifar.data import batches, layout
+from k8scifar.data.archives import opened
+from k8scifar.data.decode import PIXELS, decode
+from k8scifar.data.layout import Layout
+from k8scifar.data.packed import Split
+from k8scifar.data.tree import File, Place, Source, is_image, walk
 
 
-def read_tree(path: Path, source: str = "") -> tuple[list[str], dict[str, Split]]:
-    """Class names and both splits of a folder, or of a .tar or .tar.gz of one, holding train/ and test/.
+def read_tree(path: Path, label: str = "") -> tuple[list[str], dict[str, Split]]:
+    """Class names and both splits of a folder or an archive; says in a line what was taken and what was left.
 
     Classes are numbered in alphabetical order and samples come in the order of their paths, as torchvision has it.
-    Raises UserError, naming `source` (default: the path), where the layout is another one or a file is no
-    picture.
+    CIFAR-10's batches are recognised by their names. Raises UserError, beginning with `label` (default: the path),
+    where the archive is not whole, the layout is another one or a file is no image; TrainingError where a volume fails.
     """
-    source = source or str(path)
-    if not path.exists():
-        raise UserError(f"imagefolder:{source}: there is no such file or folder; check the path")
-    found: dict[tuple[str, str], list[tuple[str, np.ndarray]]] = {}
-    for name, content in _walk(path, source):
-        parts = PurePosixPath(name).parts
-        at = next((index for index, part in enumerate(parts) if part in SPLITS), None)
-        hidden = any(part.startswith(".") for part in parts)
-        if at is None or len(parts) < at + 3 or hidden or PurePosixPath(name).suffix.lower() not in SUFFIXES:
-            continue
-        found.setdefault((parts[at], parts[at + 1]), []).append((name, decode(content, f"{source}: {name}")))
-    names = {split: sorted(name for kind, name in found if kind == split) for split in SPLITS}
-    for split in SPLITS:
-        if not names[split]:
-            raise UserError(f"imagefolder:{source} has no pictures under {split}/<class>/; both train/ and test/ must")
-    if names["train"] != names["test"]:
-        odd = sorted(set(names["train"]) ^ set(names["test"]))
-        raise UserError(f"imagefolder:{source}: train/ and test/ differ in the classes {', '.join(odd[:5])}")
-    if len(names["train"]) < 2:
-        raise UserError(f"imagefolder:{source} has one class only; there must be two or more")
-    return names["train"], {split: _pack(split, names[split], found) for split in SPLITS}
+    label = label or f"imagefolder:{path}"
+    with opened(path, label) as source:
+        root = walk(source)
+        if found := batches.find(root, label):
+            return batches.read(source, found)[:2]
+        chosen = layout.find(root, label)
+        named = layout.classes(chosen, label)
+        splits = _read(source, {split: [folders[split] for _, folders in named] for split in chosen.splits})
+    say(_account(root, chosen, len(named)))
+    return [name for name, _ in named], splits
 
 
-def _pack(split: str, classes: list[str], found: dict[tuple[str, str], list[tuple[str, np.ndarray]]]) -> Split:
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        samples = [image for _, image in sorted(found[split, name], key=lambda sample: sample[0])]
-        images += samples
-        labels += [label] * len(samples)
-    return Split(np.stack(images), np.asarray(labels, np.int64))
+def _read(source: Source, folders: dict[str, list[Place]]) -> dict[str, Split]:
+    """The images of both splits, class by class; each is read, decoded and let go before the next."""
+    files: dict[str, File] = {}
+    targets: dict[str, tuple[str, int]] = {}
+    labels: dict[str, list[int]] = {split: [] for split in folders}
+    for split, classes in folders.items():
+        for label, folder in enumerate(classes):
+            for path, file in sorted(folder.images.items()):
+                name = folder.name(path)
+                files[name], targets[name] = file, (split, len(labels[split]))
+                labels[split].append(label)
+    images = {split: np.empty((len(labels[split]), PIXELS, PIXELS, 3), np.uint8) for split in folders}
+    for name, content in source.contents(files):
+        split, index = targets[name]
+        images[split][index] = decode(content, f"{source.label}: {name}")
+    return {split: Split(images[split], np.asarray(labels[split], np.int64)) for split in folders}
 
 
-def _walk(path: Path, source: str) -> Iterator[tuple[str, bytes]]:
-    """(relative name, content) of each file, read in memory: nothing of an archive is unpacked to disk."""
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                yield file.relative_to(path).as_posix(), file.read_bytes()
-        return
-    try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                if member.isfile() and (content := archive.extractfile(member)):
-                    yield member.name, content.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"imagefolder:{source} is not a whole .tar or .tar.gz: {error}") from None
+def _account(root: Place, chosen: Layout, classes: int) -> str:
+    """What was taken and what was not, in one line."""
+    counts = {split: sum(len(f.images) for f in place.folders.values()) for split, place in chosen.splits.items()}
+    said = [f"took {counts['train']:,} train + {counts['test']:,} test images of {classes:,} classes"]
+    for split, place in chosen.splits.items():
+        name = place.path.rpartition("/")[2]
+        if name.lower() != split:
+            said.append(f"{name}/ is taken as {split}")
+    if unused := layout.outside(root, chosen):
+        said.append("not used: " + ", ".join(f"{top}/ ({_many(len(files))})" for top, files in unused.items()))
+    left = []
+    within = [place for split in chosen.splits.values() for place in split.below]
+    if hidden := sum(place.hidden for place in root.below):
+        left.append(f"{hidden:,} hidden")
+    others = [name for place in within for name in place.files if not is_image(name)]
+    if others:
+        left.append(f"{len(others):,} by suffix ({layout.suffixes(others)})")
+    if loose := sum(is_image(name) for split in chosen.splits.values() for name in split.files):
+        left.append(f"{_many(loose)} outside of a class's folder")
+    if loops := sum(place.loops for place in root.below):
+        left.append(f"{loops:,} link{'s' * (loops > 1)} to a folder above")
+    if lost := [place.name(name) for place in root.below for name in place.lost if place not in within]:
+        left.append(f"{len(lost):,} that can't be read ({', '.join(lost[: layout.SHOWN])})")
+    if left:
+        said.append("left out: " + ", ".join(left))
+    empty = [place.path for place in within if not place.images]
+    if empty:
+        more = " ..." if len(empty) > layout.SHOWN else ""
+        said.append(f"folders without images: {', '.join(empty[: layout.SHOWN])}{more}")
+    return "; ".join(said)
+
+
+def _many(images: int) -> str:
+    return f"{images:,} image{'s' * (images != 1)}"

@@ -11,7 +11,9 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,10 @@ from k8scifar.files import read as read_file
 FORMAT = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "test")
+
+
+class Foreign(UserError):
+    """A manifest.json of another program's."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +98,63 @@ def write(folder: Path, source: str, classes: list[str], splits: dict[str, Split
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a packed folder, None where there is none.
 
-    Raises UserError where it is damaged, TrainingError where its volume fails.
+    Raises Foreign where it is another program's, UserError where it is damaged, TrainingError where its volume fails.
     """
     path = folder / MANIFEST
     try:
         values = json.loads(_content(path))
-        if values.get("format") != FORMAT:
-            raise UserError(f"{path} has format {values.get('format')}, not {FORMAT}; run `k8scifar prepare` again")
-        return Manifest(**values)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}; check the folder and its permissions") from None
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged; run `k8scifar prepare` again") from None
+    if not isinstance(values, dict) or "format" not in values:
+        raise Foreign(f"{path} is not K8sCIFAR's; choose another --data-dir, or remove the file")
+    if values["format"] != FORMAT:
+        raise UserError(f"{path} has format {values['format']!r}, not {FORMAT}; run `k8scifar prepare` again")
+    try:
+        manifest = Manifest(**values)
+    except TypeError:
+        raise UserError(f"{path} is damaged: it lacks keys, or has others; run `k8scifar prepare` again") from None
+    if odd := _oddity(manifest):
+        raise UserError(f"{path} is damaged: {odd}; run `k8scifar prepare` again")
+    return manifest
+
+
+def _oddity(manifest: Manifest) -> str:
+    """What in a manifest is of another type or size than its readers rely on, "" where nothing is."""
+
+    def whole(value: Any, least: int = 0) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    classes, keys = manifest.classes, [f"{split}-{kind}" for split in SPLITS for kind in ("images", "labels")]
+    if not isinstance(manifest.source, str):
+        return "source is no text"
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        return "classes are no list of names"
+    if not isinstance(manifest.counts, dict) or not all(whole(manifest.counts.get(split), 1) for split in SPLITS):
+        return "counts are not the splits'"
+    if not whole(manifest.pixels, 1):
+        return "pixels is no size"
+    for values in (manifest.mean, manifest.std):
+        if (
+            not isinstance(values, list)
+            or len(values) != 3
+            or not all(isinstance(value, float | int) and math.isfinite(value) for value in values)
+        ):
+            return "mean or std are not three numbers"
+    if not isinstance(manifest.files, dict) or sorted(manifest.files) != sorted(keys):
+        return "files are not the splits'"
+    for key, entry in manifest.files.items():
+        if (
+            not isinstance(entry, dict)
+            or not re.fullmatch(rf"{key}-[0-9a-f]+\.npy", str(entry.get("name")))
+            or not re.fullmatch(r"[0-9a-f]{64}", str(entry.get("sha256")))
+            or not whole(entry.get("bytes"))
+        ):
+            return f"files has no file for {key}"
+    return ""
 
 
 def read(folder: Path, manifest: Manifest, split: str) -> Split:
@@ -113,7 +162,13 @@ def read(folder: Path, manifest: Manifest, split: str) -> Split:
 
     Raises UserError naming the file that is missing, cut short or altered, TrainingError where its volume fails.
     """
-    return Split(*(_read_array(folder, manifest.files[f"{split}-{kind}"]) for kind in ("images", "labels")))
+    images, labels = (_read_array(folder, manifest.files[f"{split}-{kind}"]) for kind in ("images", "labels"))
+    count, pixels = manifest.counts[split], manifest.pixels
+    if (images.dtype, images.shape) != (np.uint8, (count, pixels, pixels, 3)) or (
+        (labels.dtype, labels.shape) != (np.int64, (count,))
+    ):
+        raise UserError(f"the {split} images in {folder} are not what its manifest says; run `k8scifar prepare` again")
+    return Split(images, labels)
 
 
 def damage(folder: Path, manifest: Manifest) -> str | None:
@@ -158,7 +213,10 @@ def _read_array(folder: Path, entry: dict[str, Any]) -> np.ndarray:
         )
     if hashlib.sha256(blob).hexdigest() != entry["sha256"]:
         raise UserError(f"data file {path} is damaged: its sha256 is not the manifest's; run `k8scifar prepare` again")
-    return _parsed(bytearray(blob))
+    try:
+        return _parsed(bytearray(blob))
+    except (ValueError, KeyError, EOFError):
+        raise UserError(f"data file {path} is no array; run `k8scifar prepare` again") from None
 
 
 def _parsed(blob: bytearray) -> np.ndarray:

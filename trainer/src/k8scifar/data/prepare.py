@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from k8scifar.console import say
-from k8scifar.data import packed, remote
+from k8scifar.data import cifar10, images, packed, remote
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import locked, remove_temporary
-from k8scifar.urls import is_address, public
+from k8scifar.urls import is_address, local, public
 
 NOTICE = (
-    "NOTICE: CIFAR-10 can't be downloaded here, so SYNTHETIC pictures are used instead.\n"
-    "NOTICE: the accuracy will NOT be CIFAR-10's; use --source cifar10 or imagefolder:PATH for the real thing."
+    "NOTICE: CIFAR-10 can't be downloaded here, so SYNTHETIC images are used instead.\n"
+    "NOTICE: the accuracy will NOT be CIFAR-10's; use --source cifar10, cifar10:PATH or "
+    "imagefolder:PATH for the real thing."
 )
 SYNTHETIC_COUNTS = (50_000, 10_000)
+Taken = tuple[list[str], dict[str, packed.Split]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         default="auto",
-        help="auto, cifar10, synthetic, imagefolder:PATH, or imagefolder:https://... or :s3://... of an archive "
-        "(default: auto)",
+        help="auto, cifar10, synthetic, imagefolder:PATH, cifar10:PATH (its batches, downloaded already), or an "
+        "archive at imagefolder:https://... or :s3://... (default: auto)",
     )
     parser.add_argument(
         "--data-dir", default="data", metavar="DIR", help="folder of the packed data set (default: data)"
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`k8scifar prepare`."""
-    folder = Path(args.data_dir)
+    folder = local(args.data_dir)
     if args.wait is not None:
         say(f"data ready in {folder}: {describe(wait(folder, args.wait))}")
         return 0
@@ -99,35 +102,46 @@ def require(folder: Path) -> packed.Manifest:
 
 def check_source(source: str) -> None:
     """Raise UserError where `source` is none that exists."""
-    if not re.fullmatch(r"auto|cifar10|synthetic(:\d+:\d+)?|imagefolder:.+", source):
+    if not re.fullmatch(r"auto|cifar10(:.+)?|synthetic(:\d+:\d+)?|imagefolder:.+", source):
         raise UserError(
-            f"source {source!r} is unknown; use auto, cifar10, synthetic, imagefolder:PATH or imagefolder:https://..."
+            f"source {source!r} is unknown; use auto, cifar10, cifar10:PATH, synthetic, imagefolder:PATH or "
+            "imagefolder:https://..."
         )
 
 
 def describe(manifest: packed.Manifest) -> str:
     """One line about a packed data set."""
     counts = " + ".join(f"{manifest.counts[split]:,} {split}" for split in packed.SPLITS)
-    return f"{manifest.source}, {counts} pictures, {len(manifest.classes)} classes, fingerprint {manifest.fingerprint}"
+    return f"{manifest.source}, {counts} images, {len(manifest.classes)} classes, fingerprint {manifest.fingerprint}"
 
 
 def _present(folder: Path, source: str) -> packed.Manifest | None:
     """The manifest of the copy that is there, if it is whole and of this source; says why not."""
     try:
         manifest = packed.read_manifest(folder)
+    except packed.Foreign:
+        raise  # what is not ours is not written over
     except UserError as error:
         say(f"{error} -- preparing anew")
         return None
     if manifest is None:
         return None
-    if source != "auto" and _identity(source) != manifest.source:
+    there = cifar10.local(folder)
+    wanted = (
+        {_identity(source), _identity(f"cifar10:{there}")} if source == "cifar10" and there else {_identity(source)}
+    )
+    if source != "auto" and manifest.source not in wanted:
         say(f"{folder} holds {manifest.source}; replacing it with {_identity(source)}")
+        return None
+    if source == "auto" and there and manifest.source.startswith("synthetic"):
+        say(f"{folder} holds {manifest.source}, and {there.name} too; replacing it with CIFAR-10")
         return None
     damage = packed.damage(folder, manifest)
     if damage:
         say(f"{damage} -- preparing anew")
-        if source == "auto" and manifest.source.startswith("imagefolder:"):
-            raise UserError(f"{damage}, with --source imagefolder:PATH, since it came from there")
+        if source == "auto" and ":" in manifest.source and not manifest.source.startswith("synthetic"):
+            kind = manifest.source.partition(":")[0]
+            raise UserError(f"{damage}, with --source {kind}:PATH, since it came from there")
         return None
     if source == "auto" and manifest.source.startswith("synthetic"):
         say(NOTICE.replace("can't be downloaded here, so", "is not what is prepared here:").replace(" instead", ""))
@@ -136,36 +150,48 @@ def _present(folder: Path, source: str) -> packed.Manifest | None:
 
 def _build(folder: Path, source: str, alone: bool) -> packed.Manifest:
     kind, _, rest = source.partition(":")
-    if kind in ("auto", "cifar10"):
-        from k8scifar.data import cifar10
-
-        say("downloading CIFAR-10 (170 MB)")
-        try:
-            classes, splits = cifar10.download(folder)
-        except cifar10.DownloadError:
-            if kind == "cifar10":
-                raise
-            say(NOTICE)
-            return _build(folder, "synthetic", alone)
-        return packed.write(folder, "cifar10", classes, splits)
     if kind == "synthetic":
-        from k8scifar.data import synthetic
+        return _painted(folder, source, rest)
+    if kind == "imagefolder":
+        return _taken(folder, source, rest, alone, images.read_tree)
+    if rest:
+        return _taken(folder, source, rest, alone, lambda path, label: cifar10.read(path, label)[:2])
+    if there := cifar10.local(folder):
+        say(f"reading CIFAR-10 from {there}")
+        classes, splits, original = cifar10.read(there, str(there))
+        return packed.write(folder, "cifar10" if original else _identity(f"cifar10:{there}"), classes, splits)
+    say("downloading CIFAR-10 (170 MB)")
+    try:
+        classes, splits = cifar10.download(folder, alone, patient=kind == "cifar10")
+    except cifar10.DownloadError:
+        if kind == "cifar10":
+            raise
+        say(NOTICE)
+        return _painted(folder, "synthetic", "")
+    return packed.write(folder, "cifar10", classes, splits)
 
-        train, test = (int(count) for count in rest.split(":")) if rest else SYNTHETIC_COUNTS
-        if min(train, test) < len(synthetic.CLASSES):
-            raise UserError(f"source {source!r}: each split needs at least {len(synthetic.CLASSES)} pictures")
-        say(f"painting {train + test:,} synthetic pictures")
-        splits = {"train": synthetic.split(train, seed=1), "test": synthetic.split(test, seed=2)}
-        return packed.write(folder, source, synthetic.CLASSES, splits)
-    from k8scifar.data import images
 
-    if is_address(rest):
-        say(f"downloading {public(rest)}")
-        with remote.fetched(rest, folder, alone) as archive:
-            classes, splits = images.read_tree(archive, public(rest))
+def _painted(folder: Path, source: str, sizes: str) -> packed.Manifest:
+    from k8scifar.data import synthetic
+
+    train, test = (int(count) for count in sizes.split(":")) if sizes else SYNTHETIC_COUNTS
+    if min(train, test) < len(synthetic.CLASSES):
+        raise UserError(f"source {source!r}: each split needs at least {len(synthetic.CLASSES)} images")
+    say(f"painting {train + test:,} synthetic images")
+    splits = {"train": synthetic.split(train, seed=1), "test": synthetic.split(test, seed=2)}
+    return packed.write(folder, source, synthetic.CLASSES, splits)
+
+
+def _taken(folder: Path, source: str, place: str, alone: bool, read: Callable[[Path, str], Taken]) -> packed.Manifest:
+    """What `read` takes from a path or an address, packed."""
+    kind = source.partition(":")[0]
+    if is_address(place):
+        say(f"downloading {public(place)}")
+        with remote.fetched(place, folder, alone) as archive:
+            classes, splits = read(archive, f"{kind}:{public(place)}")
     else:
-        say(f"reading the pictures of {rest}")
-        classes, splits = images.read_tree(Path(rest))
+        say(f"reading the images of {place}")
+        classes, splits = read(local(place), f"{kind}:{place}")
     return packed.write(folder, _identity(source), classes, splits)
 
 
@@ -175,6 +201,6 @@ def _identity(source: str) -> str:
     An address comes without its credentials.
     """
     kind, _, rest = source.partition(":")
-    if kind == "imagefolder" and is_address(rest):
-        return f"imagefolder:{public(rest)}"
-    return f"imagefolder:{Path(rest).resolve()}" if kind == "imagefolder" else source
+    if kind not in ("imagefolder", "cifar10") or not rest:
+        return source
+    return f"{kind}:{public(rest) if is_address(rest) else local(rest).resolve()}"

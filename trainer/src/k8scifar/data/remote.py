@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import os
 import re
+import shutil
 import ssl
 import tempfile
 import time
@@ -73,13 +74,13 @@ def fetched(address: str, folder: Path, alone: bool = True) -> Iterator[Path]:
     descriptor, path = tempfile.mkstemp(prefix=PREFIX, dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            _download(ask, file, public(address))
+            _download(ask, file, public(address), folder)
         yield Path(path)
     finally:
         Path(path).unlink(missing_ok=True)
 
 
-def _download(ask: Ask, file: BinaryIO, name: str) -> None:
+def _download(ask: Ask, file: BinaryIO, name: str, folder: Path) -> None:
     """Fill `file`, going on after each failure where it stopped."""
     mark, total, failures, still = "", -1, 0, 0
     started = time.monotonic()
@@ -96,6 +97,7 @@ def _download(ask: Ask, file: BinaryIO, name: str) -> None:
                 if reply.start:
                     raise Broken("it is another archive than before")
             mark, total = reply.mark, reply.total
+            _check_space(folder, total - file.tell(), name)
             for piece in reply.pieces:
                 if file.tell() + len(piece) > total:
                     raise Broken("more came than was announced")
@@ -112,6 +114,16 @@ def _download(ask: Ask, file: BinaryIO, name: str) -> None:
             say(f"the download of {name} broke off ({broken}); trying again")
             time.sleep(PAUSES[min(still, len(PAUSES) - 1)])
     say(f"downloaded {name}: {total / 1e6:.1f} MB in {time.monotonic() - started:.0f} s")
+
+
+def _check_space(folder: Path, wanted: int, name: str) -> None:
+    """Raise UserError, before anything is written, where what is announced does not fit."""
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise UserError(
+            f"{name} needs {wanted / 1e6:,.0f} MB, and the data folder {folder} has {free / 1e6:,.0f} MB free; free "
+            "some space, or choose another --data-dir"
+        )
 
 
 def _http(address: str) -> Ask:
@@ -195,7 +207,7 @@ def _filesystem(address: str) -> Ask:
         except Exception as error:
             raise _refused(error, name) from None
         if about.get("type") == "directory" or about.get("size") is None:
-            raise UserError(f"{name} is no archive but a folder; name the .tar or .tar.gz in it")
+            raise UserError(f"{name} is no archive but a folder; name the archive in it")
         mark = next((about[key] for key in ("ETag", "etag", "mtime", "created") if about.get(key)), "")
         return about["size"], str(mark)
 

@@ -20,6 +20,7 @@ from k8scifar.ranks.world import join, resolve_precision
 from k8scifar.results.outcome import Outcome
 from k8scifar.results.summary import beside
 from k8scifar.training.evaluation import evaluate
+from k8scifar.urls import local
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`k8scifar evaluate`."""
-    outcome, manifest = measure(Path(args.checkpoint), Path(args.data_dir), args.sets)
+    outcome, manifest = measure(local(args.checkpoint), local(args.data_dir), args.sets)
     if outcome is not None:
         figures = outcome.figures | {"data": manifest.source}
         print(json.dumps(figures) if args.json else describe(figures, manifest.classes))

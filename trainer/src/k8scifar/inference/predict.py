@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 
 from k8scifar.data.augment import Images
-from k8scifar.data.images import decode
-from k8scifar.errors import UserError
+from k8scifar.data.decode import decode
+from k8scifar.data.tree import read_image
 from k8scifar.inference.trained import Trained, open_model
+from k8scifar.urls import local
 
 TOP = 3
 
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`k8scifar predict`."""
-    trained = open_model(Path(args.checkpoint))
-    results = [{"image": name, "top": predict(trained, _read(name), name)} for name in args.images]
+    trained = open_model(local(args.checkpoint))
+    results = [{"image": name, "top": predict(trained, read_image(name), name)} for name in args.images]
     if args.json:
         print(json.dumps(results))
         return 0
@@ -46,10 +46,3 @@ def predict(trained: Trained, content: bytes, name: str) -> list[dict[str, float
         {"class": trained.classes[index], "probability": round(probability, 6)}
         for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
-
-
-def _read(name: str) -> bytes:
-    try:
-        return Path(name).read_bytes()
-    except OSError as error:
-        raise UserError(f"image {name} can't be read: {error.strerror}; check the path") from None

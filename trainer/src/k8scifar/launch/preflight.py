@@ -19,6 +19,7 @@ from pathlib import Path
 
 from k8scifar.files import sync_folder, write_atomically
 from k8scifar.launch.termination import leave_message
+from k8scifar.urls import local
 
 INTERFACE, SHM, DATA_VOLUME, RUNS_VOLUME, SPACE, LOST = range(12, 18)
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -35,8 +36,8 @@ class Problem(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data set")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of the run folders")
+    parser.add_argument("--data-dir", type=local, default=Path("data"), metavar="DIR", help="folder of the data set")
+    parser.add_argument("--runs-dir", type=local, default=Path("runs"), metavar="DIR", help="folder of the run folders")
     parser.add_argument("--min-free", type=int, default=512, metavar="MIB", help="free space of each volume, MiB (512)")
     parser.add_argument("--interface", default="", metavar="NAME", help="network interface of the collectives")
 

@@ -24,6 +24,7 @@ from k8scifar.data import packed
 from k8scifar.errors import UserError
 from k8scifar.files import write_atomically
 from k8scifar.results.summary import MARKER, beside, read_summary, with_todays_names
+from k8scifar.urls import local
 
 NAME = "report.html"
 PAIRS = 6  # of classes most often taken for each other
@@ -33,9 +34,9 @@ Curve = list[tuple[int, float]]  # (step, value)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of `k8scifar report`."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a finished run, such as runs/demo")
+    parser.add_argument("run_dir", type=local, metavar="RUN", help="the folder of a finished run, such as runs/demo")
     parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder of the packed data set, to show the worst mistakes"
+        "--data-dir", type=local, metavar="DIR", help="folder of the packed data set, to show the worst mistakes"
     )
 
 

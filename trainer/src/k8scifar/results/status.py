@@ -12,11 +12,12 @@ from typing import Any
 from k8scifar.errors import FAILED, UserError
 from k8scifar.results import notes, ownership
 from k8scifar.results.summary import beside, read_summary
+from k8scifar.urls import local
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the run folder, such as runs/demo")
+    parser.add_argument("run_dir", type=local, metavar="RUN", help="the run folder, such as runs/demo")
     parser.add_argument(
         "--wait", type=float, default=0.0, metavar="SECONDS", help="how long to watch for training to move (0)"
     )
