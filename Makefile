@@ -55,9 +55,11 @@ clean: ## remove the environment and caches (data/ and runs/ stay)
 	find trainer -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ##@ Training on this machine
+LAUNCH = --nproc-per-node $(NPROC) --recipe "$(RECIPE)" --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)" --name "$(NAME)"
 train: $(READY) ## train with DDP, NPROC=2 processes here; DATA=auto|cifar10|imagefolder:PATH|synthetic RECIPE=demo
+	@$(BIN)/k8scifar launch --check $(LAUNCH) $(ARGS) # a mistake shows before the download
 	@$(FOREGROUND) $(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
-	@$(FOREGROUND) $(BIN)/k8scifar launch --nproc-per-node $(NPROC) --recipe $(RECIPE) --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)" --name $(NAME) $(ARGS)
+	@$(FOREGROUND) $(BIN)/k8scifar launch $(LAUNCH) $(ARGS)
 
 report: $(READY) ## write runs/NAME/report.html of a finished run again
 	@$(FOREGROUND) $(BIN)/k8scifar report "$(RUNS_DIR)/$(NAME)" --data-dir "$(DATA_DIR)"

@@ -46,7 +46,7 @@ def test_16_bits_are_scaled_to_8(kind, level, mean):
 
 def test_16_bit_classes_stay_apart_and_in_predict_too(tmp_path):
     """The microscope's set: dark is not bright, and neither is white."""
-    from k8scifar import predict
+    from k8scifar.inference import predict
 
     assert predict.decode is decode, "one function for both"
     content = {}

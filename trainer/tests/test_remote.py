@@ -320,3 +320,32 @@ def test_a_missing_extra_says_what_to_install(tmp_path):
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "pip install 'k8scifar[remote]'" in done.stderr and "make image EXTRAS=remote" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://host/a.tar.gz", "https://host/a.tar.gz"),
+        ("https://host:8080/a.tar.gz", "https://host:8080/a.tar.gz"),
+        ("https://host/a@b.tar", "https://host/a@b.tar"),
+        ("https://me@host/a.tar", "https://host/a.tar"),
+        ("https://me:pw@host/a.tar", "https://host/a.tar"),
+        ("https://me:pw@[::1]:80/a.tar", "https://[::1]:80/a.tar"),
+        ("https://me:p/ss@host/a.tar.gz", "https://host/a.tar.gz"),
+        ("https://me:p@s/s@host/a.tar.gz", "https://host/a.tar.gz"),
+        ("s3://key:se/cret@bucket/a", "s3://bucket/a"),
+        ("https://me:p?ss@host/a.tar.gz", "https://host/a.tar.gz"),
+        ("https://me:p#ss@host/a", "https://host/a"),
+        ("https://me:p[ss@host/a", "https://host/a"),
+        ("https://me:12/34@host/a", "https://host/a"),
+        ("https://[host/a", "https://..."),
+    ],
+)
+def test_what_is_shown_of_an_address_holds_no_part_of_a_password(address, shown):
+    assert public(address) == shown
+
+
+def test_an_address_with_one_slash_is_told_without_its_password(tmp_path):
+    with pytest.raises(UserError, match="two slashes") as told:
+        prepare(tmp_path, "imagefolder:https:/me:secret@host/a.tar")
+    assert "secret" not in str(told.value)

@@ -26,7 +26,24 @@ def public(address: str) -> str:
 
     What else its query holds is kept as a short digest: it may be what tells two archives apart.
     """
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(_without_user(address))
+    except ValueError:  # brackets that hold no IPv6 address
+        return f"{address.partition('://')[0]}://..."
     rest = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not SECRET.search(pair[0])]
     query = hashlib.sha256(repr(rest).encode()).hexdigest()[:8] if rest else ""
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
+    return urlunsplit((parts.scheme, parts.netloc, parts.path, query, ""))
+
+
+def _without_user(address: str) -> str:
+    """`address` without user and password, also where a password holds / ? or # as they are.
+
+    After a colon that begins no port, all up to the last @ is taken for the password: rather too much than a part of it.
+    """
+    scheme, _, rest = address.partition("://")
+    host = re.split("[/?#]", rest, maxsplit=1)[0]
+    where = host  # what may hold them
+    if ":" in host.partition("@")[0]:
+        where = rest.partition("?")[0] if "@" in host or re.search(r":\d*$", host) else rest
+    _, at, after = where.rpartition("@")
+    return f"{scheme}://{after}{rest[len(where) :]}" if at else address

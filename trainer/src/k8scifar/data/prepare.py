@@ -107,6 +107,8 @@ def check_source(source: str) -> None:
             f"source {source!r} is unknown; use auto, cifar10, cifar10:PATH, synthetic, imagefolder:PATH or "
             "imagefolder:https://..."
         )
+    if slip := re.match(r"(imagefolder|cifar10):(https?|s3):/(?!/)", source):
+        raise UserError(f"--source {slip[1]}:{slip[2]}:/... is no address: write two slashes, {slip[2]}://host/...")
 
 
 def describe(manifest: packed.Manifest) -> str:

@@ -53,12 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time for the first step, heartbeat kept (900)",
     )
+    parser.add_argument("--check", action="store_true", help="look for mistakes in what is asked for, and start nothing")
     loading.add_arguments(parser.add_argument_group("training"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Supervise the training; returns the process's exit code. Raises UserError before anything is started."""
-    return Supervisor(node_spec(args, os.environ)).run()
+    spec = node_spec(args, os.environ)
+    return 0 if args.check else Supervisor(spec).run()
 
 
 def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str, str]) -> NodeSpec:
