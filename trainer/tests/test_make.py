@@ -72,7 +72,7 @@ def venv(tmp_path) -> Path:
     folder = tmp_path / "venv"
     (folder / "bin").mkdir(parents=True)
     script = (
-        '#!/bin/sh\n[ "$1" != prepare ] || exit 0\n'
+        '#!/bin/sh\n[ "$1" != prepare ] || exit 0\n[ "$2" != --check ] || exit 0\n'
         "trap 'echo \"stopped by Ctrl-C; the same command resumes\"; exit 3' INT TERM\n"
         "echo step 1/100\n" + "sleep 0.1\n" * 600
     )
@@ -94,7 +94,8 @@ def test_ctrl_c_in_train_ends_with_the_trainers_own_words(environment, venv):
 
 
 def test_ctrl_c_in_prepare_does_not_go_on_to_train(environment, venv):
-    (venv / "bin" / "k8scifar").write_text('#!/bin/sh\necho at $1\n[ "$1" != prepare ] || sleep 60\n')
+    script = '#!/bin/sh\n[ "$2" != --check ] || exit 0\necho at $1\n[ "$1" != prepare ] || sleep 60\n'
+    (venv / "bin" / "k8scifar").write_text(script)
     said, status = at_terminal(["train", f"VENV={venv}"], environment, "at prepare")
     assert_ended_by_ctrl_c(said, status)
     assert "at launch" not in said

@@ -38,7 +38,7 @@ def public(address: str) -> str:
 def _without_user(address: str) -> str:
     """`address` without user and password, also where a password holds / ? or # as they are.
 
-    After a colon that begins no port, all up to the last @ is taken for the password: rather too much than a part of it.
+    After a colon that begins no port all up to the last @ is taken for the password: rather too much than too little.
     """
     scheme, _, rest = address.partition("://")
     host = re.split("[/?#]", rest, maxsplit=1)[0]

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time for the first step, heartbeat kept (900)",
     )
-    parser.add_argument("--check", action="store_true", help="look for mistakes in what is asked for, and start nothing")
+    parser.add_argument("--check", action="store_true", help="look for mistakes in the options, and start nothing")
     loading.add_arguments(parser.add_argument_group("training"))
 
 
