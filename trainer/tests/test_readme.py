@@ -140,7 +140,7 @@ def test_a_message_that_nobody_says_is_found():
 
 @functools.cache
 def what_the_code_says() -> tuple[str, ...]:
-    """Every text in the trainer, in the chart's refusals and in its probes; what is filled in is …, docstrings are left out."""
+    """Every text in the trainer, in the chart's refusals and its probes; what is filled in is …, without docstrings."""
     said = []
     for path in sorted((REPOSITORY / "trainer/src").rglob("*.py")):
         tree = ast.parse(path.read_text())

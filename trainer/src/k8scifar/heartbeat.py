@@ -15,7 +15,7 @@ def touch() -> None:
 
 
 class Heartbeat:
-    """The file whose age a liveness probe reads; the ranks renew it each step, the supervisor while none trains."""
+    """The file whose age a liveness probe reads; the ranks renew it at every step, the supervisor while none trains."""
 
     def __init__(self, path: str | None) -> None:
         self.path = Path(path) if path else None

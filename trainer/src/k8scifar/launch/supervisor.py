@@ -271,7 +271,7 @@ class Supervisor:
         self.signals += 1
 
     def _due(self, name: str, seconds: float) -> bool:
-        """True at the first call of that name, then once each `seconds`."""
+        """True at the first call with that name, then at most once in `seconds`."""
         now = time.monotonic()
         if now < self._next.get(name, 0.0):
             return False

@@ -242,7 +242,7 @@ class LocalSGD(AllReduce):
 
     @property
     def label(self) -> str:
-        return f"{self.name}, averaged each {self._every} steps"
+        return f"{self.name}, averaged every {self._every} steps"
 
     @torch.no_grad()
     def after_step(self, steps_in_epoch: int, epoch_ends: bool) -> None:
