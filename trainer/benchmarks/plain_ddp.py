@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=128, help="images a rank")
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=0, help="stop after so many")
-    parser.add_argument("--minutes", type=float, default=0.0, help="stop after so many minutes of training")
+    parser.add_argument("--steps", type=int, default=0, help="stop after this many")
+    parser.add_argument("--minutes", type=float, default=0.0, help="stop after this many minutes of training")
     parser.add_argument(
         "--evaluate", type=int, default=0, help="steps from one evaluation to the next, whose time is left out"
     )

@@ -63,7 +63,7 @@ def test_a_slip_of_the_pen_is_found(line, fault):
     assert fault in told[0]
 
 
-def test_every_task_that_is_told_of_is_run_somewhere():
+def test_every_task_in_the_documents_is_run_somewhere():
     """By a workflow, by what CI runs, or by a test: as `make task`, or as a word of a test's command list."""
     places = [*(REPOSITORY / ".github/workflows").glob("*.yml"), REPOSITORY / ".ci/run"]
     text = "\n".join(path.read_text().replace("\\\n", " ") for path in places)
@@ -89,7 +89,7 @@ def test_every_link_leads_somewhere(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_value_that_is_told_of_is_the_charts_or_the_trainers(name):
+def test_every_value_in_the_documents_is_the_charts_or_the_trainers(name):
     for key, value in documents.quoted_settings(REPOSITORY / name):
         if documents.value_faults(key, value):  # not the chart's, so it is the trainer's
             placeholder = documents.ANYTHING.search(value)
@@ -97,7 +97,7 @@ def test_every_value_that_is_told_of_is_the_charts_or_the_trainers(name):
             assert documents.trainer_faults(["train", "--set", text]) == [], f"--set {key}={value}"
 
 
-def test_readme_tells_of_every_file_of_values():
+def test_readme_names_every_file_of_values():
     text = README.read_text()
     assert [path.name for path in (REPOSITORY / "values").glob("*.yaml") if f"values/{path.name}" not in text] == []
 

@@ -237,7 +237,7 @@ class Supervisor:
             done = f"could not scale down: {problem}" if problem else f"StatefulSet {name} is scaled to zero"
             say(f"k8scifar: {done}")
         found, wanted = read_summary(self.spec.config.run_dir) or {}, self.spec.config.fingerprint()
-        other = " by another configuration; to train anew, set another name" * (
+        other = " by another configuration; to train from the start, set another name" * (
             found.get("config_fingerprint", wanted) != wanted
         )
         say(f"k8scifar: training is done ({self.spec.config.run_dir}){other}; holding until the pod is stopped")
