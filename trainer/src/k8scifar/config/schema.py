@@ -1,7 +1,7 @@
 """The configuration: one typed model for everything tunable.
 
 Its keys are a public interface: recipes, a user's YAML file, ``--set key=value`` and the Helm chart's ``train:``
-values all use them; settings.py reads them from there. This module does not import torch.
+values all use them; loading.py reads them from there. This module does not import torch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 It never imports torch. A fault of a peer costs one attempt and a short pause that does not grow, and never this
 process: in a pod the container goes on, so that the kubelet's crash back-off has nothing to grow from. A failure of
 this node's own that comes again and again is another matter: the pauses grow, and in the end the process ends with its
-reason, for the kubelet, the Job and the person who asks.
+reason, which the kubelet, the Job and people see.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Supervisor:
     # Before an attempt
 
     def _owns_run(self) -> bool:
-        """Whether the run folder is this release's, or nobody's; else the reason is said."""
+        """Whether the run folder is this release's or nobody's; if it is not, say whose it is."""
         try:
             ownership.check_owner(self.spec.config.run_dir, self.spec.config.checkpoint.adopt)
         except UserError as error:
