@@ -108,7 +108,7 @@ def plain(options: Options, ranks: int, *arguments: str) -> dict[str, Any]:
 
 
 def peak(processes: int) -> float:
-    """bf16 matrix products of so many one-thread processes at once, FLOP/s in all."""
+    """bf16 matrix products of this many one-thread processes at once, FLOP/s of all together."""
     text = """
 import time, torch
 torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """The script that most DDP tutorials teach, written honestly: what the trainer is measured against.
 
-float32 in torch's default layout, torchvision's transforms picture by picture in a DataLoader with workers, a
+float32 in torch's default layout, torchvision's transforms image by image in a DataLoader with workers, a
 DistributedSampler, SGD with momentum and a cosine, evaluation shared by the ranks. The network is the trainer's
-(ResNet-18 with a 3x3 stem) and the data are the same packed pictures, handed out as PIL images as ImageFolder would.
+(ResNet-18 with a 3x3 stem) and the data are the same packed images, handed out as PIL images as ImageFolder would.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Images(Dataset):
 
 
 def datasets(folder: Path, interim: int) -> tuple[Images, Images]:
-    """Training pictures, augmented, and evenly spaced test pictures."""
+    """Training images, augmented, and evenly spaced test images."""
     manifest = read_manifest(folder)
     normalise = transforms.Normalize(manifest.mean, manifest.std)
     augment = [transforms.RandomCrop(manifest.pixels, padding=4), transforms.RandomHorizontalFlip()]
@@ -57,7 +57,7 @@ def datasets(folder: Path, interim: int) -> tuple[Images, Images]:
 
 
 def network() -> nn.Module:
-    """ResNet-18 for small pictures."""
+    """ResNet-18 for small images."""
     net = models.resnet18(num_classes=10)
     net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     net.maxpool = nn.Identity()
@@ -66,7 +66,7 @@ def network() -> nn.Module:
 
 @torch.no_grad()
 def evaluate(net: nn.Module, loader: DataLoader, device: torch.device) -> float:
-    """Test accuracy, the ranks sharing the pictures."""
+    """Test accuracy, the ranks sharing the images."""
     net.eval()
     counts = torch.zeros(2, device=device)
     for images, labels in loader:
@@ -81,11 +81,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--batch", type=int, default=128, help="pictures a rank")
+    parser.add_argument("--batch", type=int, default=128, help="images a rank")
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=0, help="stop after so many")
-    parser.add_argument("--minutes", type=float, default=0.0, help="stop after so many minutes of training")
-    parser.add_argument("--evaluate", type=int, default=0, help="evaluate each so many steps; its time is left out")
+    parser.add_argument("--steps", type=int, default=0, help="stop after this many")
+    parser.add_argument("--minutes", type=float, default=0.0, help="stop after this many minutes of training")
+    parser.add_argument(
+        "--evaluate", type=int, default=0, help="steps from one evaluation to the next, whose time is left out"
+    )
     parser.add_argument("--test-pictures", type=int, default=2000, help="evenly spaced, for each evaluation")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--lr", type=float, default=0.1)

@@ -15,25 +15,25 @@ MODES = (("allreduce", 8), ("bf16", 8), ("fp16", 8), ("powersgd", 8), ("local-sg
 
 
 def measure(options: Options) -> dict:
-    """Recipe demo for one epoch of all pictures at 8 pixels in two ranks, seed 0; all test pictures."""
+    """Recipe demo for one epoch of all images at 8 pixels in two ranks, seed 0; all test images."""
     batch = {"global_batch": 20, "micro_batch": 10} if options.tiny else {"global_batch": 250, "micro_batch": 125}
     values = batch | {"epochs": 1, "resolution": "[{until: 1.0, pixels: 8}]", "augment__translate": 2}
     values |= {"evaluation__tta": "false", "hardware__threads": 1, "log__tensorboard": "false"}
-    accuracy, pictures = {}, 0
+    accuracy, images = {}, 0
     for mode, every in MODES[: 1 if options.tiny else None]:
-        name = f"{mode} each {every} steps" if mode == "local-sgd" else mode
+        name = f"{mode} every {every} steps" if mode == "local-sgd" else mode
         with tempfile.TemporaryDirectory() as folder:
             chosen = sets(**values, distributed__comm=mode, distributed__local_sgd_steps=every)
             paths = ["--data-dir", str(options.data), "--runs-dir", folder, "--name", "run"]
             call([*torchrun(2), "-m", "k8scifar", "train", *paths, *chosen])
             summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
-            accuracy[name], pictures = summary["accuracy"], summary["test_images"]
+            accuracy[name], images = summary["accuracy"], summary["test_images"]
         print(f"  {name}: {accuracy[name]:.2%}", flush=True)
-    return {"accuracy": accuracy, "pictures": pictures, "n": 1}
+    return {"accuracy": accuracy, "images": images, "n": 1}
 
 
 def lines(found: dict) -> list[tuple[str, str, str]]:
     """(what, measured, aim)."""
     told = ", ".join(f"{mode} {value:.2%}" for mode, value in found["accuracy"].items())
-    what = f"test accuracy on {found['pictures']:,} pictures after 1 epoch at 8 pixels, seed 0, n = {found['n']}"
+    what = f"test accuracy on {found['images']:,} images after 1 epoch at 8 pixels, seed 0, n = {found['n']}"
     return [(what, told, "as allreduce")]

@@ -21,7 +21,7 @@ AIMS = {"1gbit": "0.95 (auto)", "100mbit": "0.85 (auto)"}
 
 
 def measure(options: Options) -> dict:
-    """125 pictures of 16 pixels a host and step (recipe demo's first stage), seconds of the mean step.
+    """125 images of 16 pixels a host and step (recipe demo's first stage), seconds of the mean step.
 
     Both cores work in both cases: "one host" is two hosts that train alone, at the same time, so that shared caches
     and clocks do not count as communication. Alone is the mean of right before and right after.

@@ -75,5 +75,9 @@ def lines(found: dict) -> list[tuple[str, str, str]]:
         ("seconds from `k8scifar launch` to the first step", shown(found["first_step"]), "6 s"),
         ("of these, seconds (median, under torchrun)", split, ""),
         ("seconds that a save holds the loop", shown(found["stall"]), ""),
-        ("a save's cost in all, of 100 ordinary steps", f"{max(extra, 0.0) / found['step']['median']:.2f} steps", ""),
+        (
+            "what one save costs, its after-effects included",
+            f"{max(extra, 0.0) / found['step']['median']:.2f} steps",
+            "",
+        ),
     ]

@@ -9,7 +9,7 @@ COMMAND = "make bench ROWS=step"
 
 
 def measure(options: Options) -> dict:
-    """Both contenders in turn, 32 pixels, 128 pictures a rank, SGD; images/s of the median step."""
+    """Both contenders in turn, 32 pixels, 128 images a rank, SGD; images/s of the median step."""
     repetitions, ours_steps, plain_steps, batch = (1, 3, 3, 4) if options.tiny else (3, 6, 5, 128)
     values = {"global_batch": 2 * batch, "micro_batch": batch, "resolution": "[{until: 1.0, pixels: 32}]"}
     values["optimizer__name"] = "sgd"  # the plain script's

@@ -10,7 +10,7 @@ LEVELS = (0.40, 0.50, 0.60, 0.70, 0.75, 0.80, 0.85)
 
 
 def measure(options: Options) -> dict:
-    """Each contender for `minutes` of training, evaluated on the same 2,000 test pictures; that time left out."""
+    """Each contender for `minutes` of training, evaluated on the same 2,000 test images; that time left out."""
     from k8scifar.config import loading
     from k8scifar.data.packed import read_manifest
     from k8scifar.training.plan import Plan
@@ -50,7 +50,7 @@ def lines(found: dict) -> list[tuple[str, str, str]]:
             at = f"not reached in {found['minutes']:g} min" if seconds is None else f"{seconds / 60:.1f} min"
             told.append(f"{name}: {at}")
         rows.append(
-            (f"minutes to {level} of 2,000 test pictures, evaluation left out, n = {found['n']}", "; ".join(told), "")
+            (f"minutes to {level} of 2,000 test images, evaluation left out, n = {found['n']}", "; ".join(told), "")
         )
     best = ", ".join(f"{name} {value:.1%}" for name, value in found["best"].items())
     return [*rows, ("best accuracy within that time", best, "")]

@@ -110,7 +110,7 @@ def main(out: Path, steps: int, arguments: list[str]) -> None:
     found = {
         "mode": session.state.exchange.name,
         "batch": session.config.global_batch,
-        "flops": model.training_flops(session.state.net, pixels),  # a picture, at the first step's resolution
+        "flops": model.training_flops(session.state.net, pixels),  # an image, at the first step's resolution
         "precision": session.precision,
         "stages": {
             "launcher": ENTERED - started,

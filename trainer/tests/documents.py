@@ -171,7 +171,8 @@ def value_faults(key: str, value: str) -> list[str]:
     for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key):
         if here.get("additionalProperties") is True:
             return []
-        here = here.get("items") if index else here.get("properties", {}).get(name)
+        others = here["additionalProperties"] if isinstance(here.get("additionalProperties"), dict) else None
+        here = here.get("items") if index else here.get("properties", {}).get(name, others)
         if here is None:
             return [f"the chart has no value {key}"]
     if ANYTHING.search(value):

@@ -103,8 +103,8 @@ def test_muon_resumes_bit_for_bit(trained):
 
 def test_choice_of_auto_is_kept_and_measuring_changes_nothing(trained):
     folder, said = trained
-    assert re.search(r"communication: local-sgd, averaged each 4 steps; an all-reduce .*predicted", said)
-    assert "communication: local-sgd, averaged each 4 steps; kept from the checkpoint" in said
+    assert re.search(r"communication: local-sgd, averaged every 4 steps; an all-reduce .*predicted", said)
+    assert "communication: local-sgd, averaged every 4 steps; kept from the checkpoint" in said
     assert weights_hash(folder / "auto") == weights_hash(folder / "asked-for")
     assert weights_hash(folder / "auto-resumed") == weights_hash(folder / "asked-for")
 

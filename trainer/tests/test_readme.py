@@ -13,8 +13,12 @@ from conftest import REPOSITORY
 
 README = REPOSITORY / "README.md"
 NAMES = [str(path.relative_to(REPOSITORY)) for path in documents.DOCUMENTS]
-# Messages of Kubernetes and Helm, in the table of README too.
-FOREIGN = ("didn't match pod anti-affinity rules", "ErrImagePull", "MountVolume.SetUp failed", "Pending")
+TROUBLE = REPOSITORY / "chart/docs/troubleshooting.md"
+# Messages of Kubernetes and Helm, in the tables of symptoms too.
+FOREIGN = (
+    *("didn't match pod anti-affinity rules", "ErrImagePull", "Failed", "Insufficient memory"),
+    *("MountVolume.SetUp failed", "Pending", "Terminating"),
+)
 # Tasks that no test and no workflow runs, and why.
 BY_HAND = {
     "bench-gpu": "needs a GPU",
@@ -45,6 +49,7 @@ def test_every_command_exists(name):
         ("make install VALUES=values/nowhere.yaml", "no file values/nowhere.yaml"),
         ("make install HELM_ARGS='--set node=3'", "no value node"),
         ("make install HELM_ARGS='--set nodes=many'", "nodes"),
+        ("make install HELM_ARGS='--set resources.limit.memory=8Gi'", "no value resources.limit.memory"),
         ("k8scifar predicct runs/demo", "invalid choice"),
         ("k8scifar config --skema", "unrecognized"),
         ("K8SCIFAR_INSTAL=1 make test", "K8SCIFAR_INSTAL"),
@@ -58,7 +63,7 @@ def test_a_slip_of_the_pen_is_found(line, fault):
     assert fault in told[0]
 
 
-def test_every_task_that_is_told_of_is_run_somewhere():
+def test_every_task_in_the_documents_is_run_somewhere():
     """By a workflow, by what CI runs, or by a test: as `make task`, or as a word of a test's command list."""
     places = [*(REPOSITORY / ".github/workflows").glob("*.yml"), REPOSITORY / ".ci/run"]
     text = "\n".join(path.read_text().replace("\\\n", " ") for path in places)
@@ -84,7 +89,7 @@ def test_every_link_leads_somewhere(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_value_that_is_told_of_is_the_charts_or_the_trainers(name):
+def test_every_value_in_the_documents_is_the_charts_or_the_trainers(name):
     for key, value in documents.quoted_settings(REPOSITORY / name):
         if documents.value_faults(key, value):  # not the chart's, so it is the trainer's
             placeholder = documents.ANYTHING.search(value)
@@ -92,9 +97,15 @@ def test_every_value_that_is_told_of_is_the_charts_or_the_trainers(name):
             assert documents.trainer_faults(["train", "--set", text]) == [], f"--set {key}={value}"
 
 
-def test_readme_tells_of_every_file_of_values():
+def test_readme_names_every_file_of_values():
     text = README.read_text()
     assert [path.name for path in (REPOSITORY / "values").glob("*.yaml") if f"values/{path.name}" not in text] == []
+
+
+def test_readme_leads_to_every_guide():
+    guides = sorted((REPOSITORY / "chart/docs").glob("*.md"))
+    assert len(guides) > 5
+    assert [path.name for path in guides if f"](chart/docs/{path.name})" not in README.read_text()] == []
 
 
 def test_pictures_are_small_and_made_of_what_they_say():
@@ -106,9 +117,10 @@ def test_pictures_are_small_and_made_of_what_they_say():
 
 
 def symptoms() -> list[str]:
-    """What the first column of README's table of symptoms quotes, Kubernetes' own messages left out."""
-    table = README.read_text().partition("## When something goes wrong")[2].partition("\n## ")[0]
-    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")][1:]
+    """What the first columns of the tables of symptoms quote, Kubernetes' own messages left out."""
+    lines = TROUBLE.read_text().splitlines()
+    heads = {number - 1 for number, line in enumerate(lines) if line.startswith("|---")}
+    cells = [line.split("|")[1] for number, line in enumerate(lines) if line.startswith("| ") and number not in heads]
     quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
     return [text for text in quoted if text not in FOREIGN]
 
@@ -128,7 +140,7 @@ def test_a_message_that_nobody_says_is_found():
 
 @functools.cache
 def what_the_code_says() -> tuple[str, ...]:
-    """Every text in the trainer and in the chart's refusals; what is filled in is …, docstrings are left out."""
+    """Every text in the trainer, in the chart's refusals and its probes; what is filled in is …, without docstrings."""
     said = []
     for path in sorted((REPOSITORY / "trainer/src").rglob("*.py")):
         tree = ast.parse(path.read_text())
@@ -139,7 +151,7 @@ def what_the_code_says() -> tuple[str, ...]:
                 said.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings | inside:
                 said.append(node.value)
-    refusals = (REPOSITORY / "chart/templates/_validate.tpl").read_text()
+    refusals = "\n".join((REPOSITORY / f"chart/templates/{name}.tpl").read_text() for name in ("_validate", "_pod"))
     said += [re.sub(r"%[a-z]", "…", text) for text in re.findall(r"\"((?:[^\"\\]|\\.)*)\"", refusals)]
     return tuple(" ".join(text.split()) for text in said)
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "prepare": ("data.prepare", "add_arguments", "run", "bring a data set into its packed form"),
     "train": ("training.loop", "add_arguments", "run", "train: one rank, under torchrun or alone"),
     "launch": ("launch.command", "add_arguments", "run", "run torchrun on this machine, supervised"),
-    "preflight": ("launch.preflight", "add_arguments", "run", "check names, volumes and network before training"),
+    "preflight": ("launch.preflight", "add_arguments", "run", "check this machine before training"),
     "status": ("results.status", "add_arguments", "run", "say from its run folder what a training is doing"),
     "evaluate": ("inference.evaluate", "add_arguments", "run", "evaluate a trained model on the test images"),
     "report": ("results.report", "add_arguments", "run", "write the report of a finished run again"),

@@ -1,4 +1,4 @@
-"""Failures that a person can mend, told in one line, and the exit codes of all ends."""
+"""Failures that people can mend, each told in one line, and the exit codes of a process."""
 
 USER_MISTAKE = 2  # exit code: a restart can't mend it
 FAILED = 1  # exit code: a restart may mend it (storage, time-outs)

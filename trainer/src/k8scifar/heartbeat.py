@@ -15,7 +15,7 @@ def touch() -> None:
 
 
 class Heartbeat:
-    """The file whose age a liveness probe reads; the ranks renew it each step, the supervisor while none trains."""
+    """The file whose age a liveness probe reads; the ranks renew it at every step, the supervisor while none trains."""
 
     def __init__(self, path: str | None) -> None:
         self.path = Path(path) if path else None
@@ -30,7 +30,7 @@ class Heartbeat:
                 self._mine = self.path.stat().st_mtime_ns
 
     def touch_unless_others(self) -> None:
-        """Renew it unless a rank has done so since: from then on its age is the ranks' alone."""
+        """Renew it until a rank does so for the first time: from then on its age is the ranks' alone."""
         if self.path:
             with contextlib.suppress(OSError):
                 if self.path.stat().st_mtime_ns == self._mine:

@@ -1,4 +1,4 @@
 """Every setting of a training, typed and documented, and where its values come from.
 
-May import: the base modules. Imports no torch.
+May import: the single modules. Imports no torch.
 """

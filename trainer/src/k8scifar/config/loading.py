@@ -103,7 +103,7 @@ def validate(values: Mapping[str, Any]) -> Config:
 
 
 def _without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values less the keys that former versions had, where they say nothing; else raises UserError."""
+    """The values without keys that only former versions had. Raises UserError where such a key asks for something."""
     kept = dict(values)
     for section, idle in REMOVED.items():
         if section in kept and kept.pop(section) not in (idle, {}, None):

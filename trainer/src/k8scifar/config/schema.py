@@ -1,7 +1,7 @@
 """The configuration: one typed model for everything tunable.
 
 Its keys are a public interface: recipes, a user's YAML file, ``--set key=value`` and the Helm chart's ``train:``
-values all use them; settings.py reads them from there. This module does not import torch.
+values all use them; loading.py reads them from there. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Data(_Section):
 
 class Evaluation(_Section):
     every_epochs: int = Field(1, ge=0)
-    """Evaluate after each so many epochs, and always at the end; 0: only at the end."""
+    """Epochs from one evaluation to the next; there is always one at the end. 0: only that one."""
     batch: int = Field(500, ge=1, le=10000)
     """Test images a forward pass."""
     interim_images: int = Field(0, ge=0)
@@ -142,11 +142,11 @@ class Evaluation(_Section):
 
 class Checkpoint(_Section):
     every_epochs: int = Field(1, ge=1)
-    """Write a checkpoint after each so many epochs, and always at the end."""
+    """Epochs from one checkpoint to the next; there is always one at the end."""
     every_steps: int = Field(0, ge=0)
-    """Also write one each so many steps; 0: never."""
+    """Also write one whenever this many steps have passed; 0: never."""
     every_seconds: float = Field(60.0, ge=0.0)
-    """Also write one when the last is so many seconds old; 0: never."""
+    """Also write one when the last is this many seconds old; 0: never."""
     keep: int = Field(2, ge=1, le=1000)
     """How many of the newest checkpoints to keep; the best one is kept besides."""
     adopt: bool = False

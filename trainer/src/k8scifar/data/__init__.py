@@ -1,4 +1,4 @@
 """The data set: sources -> packed files -> the order of samples -> augmented batches.
 
-May import: the base modules.
+May import: the single modules.
 """

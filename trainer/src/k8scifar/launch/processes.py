@@ -1,7 +1,7 @@
 """Processes of this machine: starting, reaping and killing whole trees.
 
-Standard library only, so that a supervisor that is process 1 of a container stays small. Linux in full; elsewhere
-the parts that need /proc or prctl do less and say so.
+Standard library only, so that a supervisor that is process 1 of a container stays small. It is complete on Linux;
+elsewhere the parts that need /proc or prctl do less and say so.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Child:
         return self.code
 
     def wait(self, seconds: float) -> int | None:
-        """Wait at most so long; the exit status, or None."""
+        """Wait at most this many seconds; the exit status, or None."""
         end = time.monotonic() + seconds
         while self.poll() is None and time.monotonic() < end:
             time.sleep(0.05)

@@ -18,7 +18,7 @@ class Scratch:
 
     @property
     def exit_codes(self) -> list[int]:
-        """Of the ranks that have ended."""
+        """Exit codes of the ranks that have ended."""
         texts = [path.read_text() for path in sorted(self.path.glob("exit.*"))]
         return [int(text) for text in texts if text]
 

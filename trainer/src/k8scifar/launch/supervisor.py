@@ -3,7 +3,7 @@
 It never imports torch. A fault of a peer costs one attempt and a short pause that does not grow, and never this
 process: in a pod the container goes on, so that the kubelet's crash back-off has nothing to grow from. A failure of
 this node's own that comes again and again is another matter: the pauses grow, and in the end the process ends with its
-reason, for the kubelet, the Job and the person who asks.
+reason, which the kubelet, the Job and people see.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Supervisor:
     # Before an attempt
 
     def _owns_run(self) -> bool:
-        """Whether the run folder is this release's, or nobody's; else the reason is said."""
+        """Whether the run folder is this release's or nobody's; if it is not, say whose it is."""
         try:
             ownership.check_owner(self.spec.config.run_dir, self.spec.config.checkpoint.adopt)
         except UserError as error:
@@ -237,7 +237,7 @@ class Supervisor:
             done = f"could not scale down: {problem}" if problem else f"StatefulSet {name} is scaled to zero"
             say(f"k8scifar: {done}")
         found, wanted = read_summary(self.spec.config.run_dir) or {}, self.spec.config.fingerprint()
-        other = " by another configuration; to train anew, set another name" * (
+        other = " by another configuration; to train from the start, set another name" * (
             found.get("config_fingerprint", wanted) != wanted
         )
         say(f"k8scifar: training is done ({self.spec.config.run_dir}){other}; holding until the pod is stopped")
@@ -271,7 +271,7 @@ class Supervisor:
         self.signals += 1
 
     def _due(self, name: str, seconds: float) -> bool:
-        """True at the first call of that name, then once each `seconds`."""
+        """True at the first call with that name, then at most once in `seconds`."""
         now = time.monotonic()
         if now < self._next.get(name, 0.0):
             return False

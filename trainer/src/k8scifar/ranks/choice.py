@@ -34,7 +34,7 @@ class Choice:
     every: int
 
     def __str__(self) -> str:
-        return f"{self.mode} each {self.every} steps" if self.mode == "local-sgd" else self.mode
+        return f"{self.mode} every {self.every} steps" if self.mode == "local-sgd" else self.mode
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
 """What a run leaves behind and shows: its folder, TensorBoard, progress, summary, report.
 
-May import: the base modules, config, data.
+May import: the single modules, config, data.
 """

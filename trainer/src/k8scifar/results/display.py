@@ -25,7 +25,7 @@ class Steps(Protocol):
 
 
 class Display:
-    """A run's progress line and curves; where it is not `shown`, nothing is."""
+    """A run's progress line and curves; shows nothing unless `shown`."""
 
     def __init__(self, config: Config, manifest: Manifest, plan: Steps, first_step: int, shown: bool) -> None:
         self._config, self._manifest, self._plan = config, manifest, plan

@@ -18,7 +18,7 @@ def folder(run_dir: Path) -> Path:
 
 
 def write(run_dir: Path, node: int, state: str, reason: str = "", attempt: int = 0) -> None:
-    """Note a node's state: waiting, training, failed, stopped or done. A volume that fails is not worth dying for."""
+    """Note a node's state: waiting, training, failed, stopped or done. A failing volume must not end the training."""
     note = {
         "state": state,
         "reason": reason,

@@ -1,7 +1,7 @@
 """The report of a finished run: one HTML page that holds everything it shows, `report.html` in the run folder.
 
 It is made from what the run left behind: config.yaml, metrics.jsonl, TensorBoard's events (for the step curves and the
-time split) and the summary; the test images are wanted for the mistakes alone.
+time split) and the summary; the test images are needed for the mistakes only.
 """
 
 from __future__ import annotations

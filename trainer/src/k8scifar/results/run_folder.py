@@ -57,7 +57,7 @@ class RunFolder:
         return read_summary(self.path)
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Write metrics.jsonl anew: after a resume it holds each epoch once. Raises TrainingError."""
+        """Write the whole of metrics.jsonl: after a resume, too, it holds each epoch once. Raises TrainingError."""
         self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
     def write_summary(self, summary: dict[str, Any]) -> None:

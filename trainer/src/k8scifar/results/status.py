@@ -84,7 +84,7 @@ def progress(run_dir: Path) -> dict[str, tuple[int, int]]:
 
 
 def describe(run_dir: Path, found: dict[str, Any], waited: float) -> str:
-    """The state in one line, and one line for each node that is not where the run is."""
+    """The state in one line, and one line for each node that is in another state than the run."""
     state = found["state"]
     if state == "done":
         tta = f" (with flip TTA {found['accuracy_tta']:.2%})" if found.get("accuracy_tta") is not None else ""

@@ -42,7 +42,7 @@ def evaluate(
     Args:
         pixels: resolution of the images, the one last trained at.
         batch: images a forward pass.
-        limit: use only so many images, evenly spaced; 0: all.
+        limit: use only this many images, evenly spaced; 0: all.
         tta: also report the accuracy of the mean of the logits of an image and its mirror image.
         keep_going: asked before each round of batches by all ranks; False on all ranks stops.
 

@@ -1,4 +1,4 @@
-"""Before a run is opened: the ranks meet, and rank 0 alone finds out from what the run goes on."""
+"""Before a run is opened: the ranks meet, and rank 0 alone finds out where the run goes on from."""
 
 from __future__ import annotations
 

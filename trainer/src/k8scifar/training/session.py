@@ -133,7 +133,7 @@ class Session:
     def finish_epoch(self, keep_going: Callable[[], bool]) -> None:
         """Average the statistics, evaluate if due, record the epoch; collective.
 
-        Raises evaluate.Stopped where `keep_going` ends the evaluation; the epoch is then still to be finished.
+        Raises evaluation.Stopped where `keep_going` ends the evaluation; the epoch is then still to be finished.
         """
         state, step = self.state, self.state.step
         epoch, final = step // self.plan.steps_per_epoch, step == self.plan.steps
