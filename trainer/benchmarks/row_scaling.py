@@ -15,7 +15,7 @@ from harness import HERE, PYTHON, CannotRun, Options, free_port, sets, spread, s
 
 TITLE = "Scaling efficiency, two hosts of one core each"
 COMMAND = "make bench ROWS=scaling (root)"
-MODES = ("allreduce", "bf16", "powersgd", "local-sgd", "auto")  # fp16 sends as much as bf16
+MODES = ("allreduce", "bf16", "powersgd", "local-sgd", "auto")
 RATES = {"": ("allreduce", "auto"), "1gbit": MODES, "100mbit": MODES}
 AIMS = {"1gbit": "0.95 (auto)", "100mbit": "0.85 (auto)"}
 

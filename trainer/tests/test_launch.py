@@ -344,6 +344,16 @@ def test_sigterm_is_passed_on_and_answered_in_time(supervised, tmp_path, fake, w
         assert "before the ranks could save" in (tmp_path / "termination-log").read_text()
 
 
+def test_a_lost_peer_is_an_ordinary_failure_for_who_reads_the_exit_code(supervised, tmp_path):
+    """5 is between the ranks and the supervisor; scripts and Jobs know 0 to 4."""
+    process = supervised('end(5, "rank 0 gave up")', restart=False)
+    assert process.wait(30) == 1
+    process = supervised("time.sleep(1.0); end(5)", restart=True)
+    until(lambda: attempts(tmp_path) == 2)
+    process.terminate()
+    assert process.wait(30) == 1
+
+
 def test_a_finished_run_holds_at_once_and_idles(supervised, tmp_path):
     finish(tmp_path)
     process = supervised("end(0)", nnodes=2, node_rank=1, master_addr="localhost", restart=True, when_done="hold")

@@ -75,7 +75,7 @@ class Supervisor:
             if code == 0:
                 return self._after_done()
             if code == USER_MISTAKE or not self.spec.restart:
-                return self._end(FAILED if code == PEER_LOST else code)
+                return self._end(code)
             self.reason = self.reason or ("a peer was lost" if code == PEER_LOST else "the ranks left no reason")
             pause = self._pause(code)
             if code == CRASHED and self.failures >= CRASHES:
@@ -258,7 +258,7 @@ class Supervisor:
     def _end(self, code: int) -> int:
         self._note(self.reason)
         self._journal("stopped" if code == PREEMPTED else "failed")
-        return code
+        return FAILED if code == PEER_LOST else code
 
     def _journal(self, state: str, attempt: int = 0, reason: str = "") -> None:
         if self.spec.restart:  # somebody else will ask
