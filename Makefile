@@ -17,7 +17,7 @@ DATA_DIR ?= data
 RUNS_DIR ?= runs
 NAME ?= $(RECIPE)
 ARGS ?=
-TESTS ?= trainer/tests
+TESTS ?= trainer/tests chart/tests image/tests
 KILLS ?= 20
 SEED ?=
 ROWS ?=
@@ -68,7 +68,7 @@ evaluate: $(READY) ## evaluate the trained model of run NAME
 	@$(FOREGROUND) $(BIN)/k8scifar evaluate "$(RUNS_DIR)/$(NAME)" --data-dir "$(DATA_DIR)" $(ARGS)
 
 tensorboard: $(READY) ## serve TensorBoard for RUNS_DIR; PORT=6006 HOST=localhost (0.0.0.0: to all networks)
-	@$(FOREGROUND) $(BIN)/python trainer/tools/curves.py --logdir "$(RUNS_DIR)" --host "$(HOST)" --port "$(PORT)"
+	@$(FOREGROUND) $(BIN)/python chart/tools/curves.py --logdir "$(RUNS_DIR)" --host "$(HOST)" --port "$(PORT)"
 
 .PHONY: screenshot
 screenshot: $(READY) ## take README's picture of TensorBoard from a short real run (needs chromium, chromedriver)
@@ -82,14 +82,14 @@ NAMESPACE ?= default
 VALUES ?= values/two-node.yaml
 NFS ?=
 HELM_ARGS ?=
-CHART_FILES = $(BIN)/python trainer/tools/chart_files.py
-FIND_HELM = helm=$$($(BIN)/python trainer/tools/helm.py)
+CHART_FILES = $(BIN)/python chart/tools/chart_files.py
+FIND_HELM = helm=$$($(BIN)/python chart/tools/helm.py)
 HELM_OPTIONS = --namespace "$(NAMESPACE)" $(foreach file,$(VALUES),-f $(file)) $(if $(NFS),--set nfs.server=$(NFS)) $(HELM_ARGS)
 
 chart-lint: $(READY) ## lint the chart with Helm 3 and 4, for each file in values/, and look for stale generated files
 	@$(CHART_FILES) schema --check
 	@$(CHART_FILES) docs --check
-	@for major in 3 4; do helm=$$($(BIN)/python trainer/tools/helm.py $$major); \
+	@for major in 3 4; do helm=$$($(BIN)/python chart/tools/helm.py $$major); \
 	for file in values/*.yaml; do \
 	  layers="-f values/two-node.yaml -f $$file --set nfs.server=192.0.2.1"; \
 	  if grep -q hostPath "$$file"; then layers="-f $$file"; fi; \
@@ -121,13 +121,13 @@ CLUSTER ?=
 RUN_DIR ?=
 CLAIM ?=
 IN_CLUSTER = --release "$(RELEASE)" --namespace "$(NAMESPACE)" --context "$(CONTEXT)"
-CLUSTER_TOOL = $(FOREGROUND) $(PYTHON) trainer/tools/cluster.py
+CLUSTER_TOOL = $(FOREGROUND) $(PYTHON) chart/tools/cluster.py
 
 up: ## from nothing: a throw-away two-worker cluster here (CLUSTER=kind|k3d|minikube), image and chart in it
-	@$(FOREGROUND) $(PYTHON) trainer/tools/sandbox.py up --cluster "$(CLUSTER)" --release "$(RELEASE)" --namespace "$(NAMESPACE)" $(HELM_ARGS)
+	@$(FOREGROUND) $(PYTHON) chart/tools/sandbox.py up --cluster "$(CLUSTER)" --release "$(RELEASE)" --namespace "$(NAMESPACE)" $(HELM_ARGS)
 
 down: ## delete the cluster of `make up`; its data and runs stay
-	@$(FOREGROUND) $(PYTHON) trainer/tools/sandbox.py down --cluster "$(CLUSTER)"
+	@$(FOREGROUND) $(PYTHON) chart/tools/sandbox.py down --cluster "$(CLUSTER)"
 
 status: ## pods, volumes, warnings and progress of RELEASE=cifar NAMESPACE=default
 	@$(CLUSTER_TOOL) status $(IN_CLUSTER)
@@ -142,39 +142,39 @@ tensorboard-cluster: ## TensorBoard of RELEASE at http://localhost:PORT/ while i
 	@$(CLUSTER_TOOL) tensorboard $(IN_CLUSTER) --host "$(HOST)" --port "$(PORT)"
 
 diagnose: ## collect what a bug report needs of RELEASE, secrets left out, into results/
-	@$(FOREGROUND) $(PYTHON) trainer/tools/diagnose.py $(IN_CLUSTER)
+	@$(FOREGROUND) $(PYTHON) chart/tools/diagnose.py $(IN_CLUSTER)
 
 ##@ Image
 image: ## build the container image; VARIANT=cpu|cuda EXTRAS=remote PLATFORMS=linux/amd64,linux/arm64 ENGINE=docker|podman|buildah
-	@$(PYTHON) image/image.py build
+	@$(PYTHON) image/tools/image.py build
 
 image-smoke: ## train in two hardened containers of the image on a private network
-	@$(PYTHON) image/smoke.py
+	@$(PYTHON) image/tools/smoke.py
 
 push: ## push the image; REGISTRY=host/name
-	@$(PYTHON) image/image.py push
+	@$(PYTHON) image/tools/image.py push
 
 load: ## put the image into the k3s, kind or minikube of this machine; CLUSTER=k3s|kind|minikube
-	@$(PYTHON) image/image.py load
+	@$(PYTHON) image/tools/image.py load
 
 sbom: ## list what is in the image (needs syft or trivy)
-	@$(PYTHON) image/image.py sbom
+	@$(PYTHON) image/tools/image.py sbom
 
 scan: ## look for known vulnerabilities in the image (needs trivy or grype)
-	@$(PYTHON) image/image.py scan
+	@$(PYTHON) image/tools/image.py scan
 
 image-lock: $(READY) ## renew image/requirements.lock; UPGRADE=1 takes the newest versions that are allowed
-	@$(PYTHON) image/image.py lock
+	@$(PYTHON) image/tools/image.py lock
 
 image-test: ## build and smoke-test in a throw-away engine on a home-made base image (root; where no image can be pulled)
-	@image/with-engine.sh sh -c 'image/base.sh k8scifar-base:local && make image BASE=k8scifar-base:local && make image-smoke'
+	@image/tools/with-engine.sh sh -c 'image/tools/base.sh k8scifar-base:local && make image BASE=k8scifar-base:local && make image-smoke'
 
 ##@ Development
 test: $(READY) ## run the tests, two files at a time; TESTS=file picks some, ARGS go to pytest
-	@$(FOREGROUND) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
+	@$(FOREGROUND) $(BIN)/python -m pytest -c trainer/pyproject.toml -n 2 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
 chaos: $(READY) ## strike two-host trainings KILLS=20 times at random and compare the weights (root); SEED= repeats one
-	@$(FOREGROUND) $(BIN)/python trainer/tests/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	@$(FOREGROUND) $(BIN)/python trainer/tests/helpers/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data picks some; BENCH_MINUTES=10 for ROWS=time
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
@@ -185,13 +185,15 @@ bench-gpu: $(READY) ## measure what needs a GPU; ROWS=gpu,flops picks some
 
 lint: $(READY) ## check style and likely mistakes
 	@$(BIN)/ruff check trainer
-	@$(BIN)/ruff check --config trainer/pyproject.toml image
+	@$(BIN)/ruff check --config trainer/pyproject.toml image chart
 	@$(BIN)/ruff format --check trainer
-	@$(BIN)/ruff format --check --config trainer/pyproject.toml image
+	@$(BIN)/ruff format --check --config trainer/pyproject.toml image chart
 
 format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix trainer
+	@$(BIN)/ruff check --fix --config trainer/pyproject.toml image chart
 	@$(BIN)/ruff format trainer
+	@$(BIN)/ruff format --config trainer/pyproject.toml image chart
 
 .PHONY: help venv clean train report evaluate tensorboard test chaos bench bench-gpu lint format \
 	up down status logs results tensorboard-cluster diagnose \

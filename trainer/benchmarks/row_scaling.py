@@ -26,7 +26,7 @@ def measure(options: Options) -> dict:
     Both cores work in both cases: "one host" is two hosts that train alone, at the same time, so that shared caches
     and clocks do not count as communication. Alone is the mean of right before and right after.
     """
-    sys.path.insert(0, str(HERE.parent / "tests"))
+    sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
     if os.geteuid() or not all(map(shutil.which, ("ip", "tc", "unshare", "taskset"))) or (os.cpu_count() or 1) < 2:
         raise CannotRun("needs root, two cores, ip, tc, unshare and taskset")
     import hosts

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from runs import REPOSITORY
 
 PACKAGE = REPOSITORY / "trainer/src/k8scifar"
 

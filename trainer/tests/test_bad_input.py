@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cli, run, weights_hash
+from runs import cli, run, weights_hash
 
 from k8scifar.cli import main
 from k8scifar.data import packed

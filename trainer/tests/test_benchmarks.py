@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from runs import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "trainer" / "benchmarks"))
 import bench

@@ -14,8 +14,9 @@ import hosts
 import janitor
 import patience
 import pytest
+from runs import HELPERS
 
-HERE = Path(__file__).parent
+HERE = HELPERS
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_every_wait_for_a_process_is_patient(monkeypatch, timed):
 def test_a_tests_own_limit_is_multiplied_too():
     """300 s of pytest.ini's, and what a test says itself."""
     script = (
-        "import pytest, conftest\n"
+        "import pytest, suite\n"
         "class Item:\n"
         "    def __init__(self, *marks): self.marks = list(marks)\n"
         "    def get_closest_marker(self, name): return next((m for m in self.marks if m.name == name), None)\n"
@@ -144,7 +145,7 @@ def test_a_tests_own_limit_is_multiplied_too():
         "class Config:\n"
         "    def getoption(self, name, default): return 300.0\n"
         "items = [Item(), Item(pytest.mark.timeout(900).mark)]\n"
-        "conftest.pytest_collection_modifyitems(Config(), items)\n"
+        "suite.pytest_collection_modifyitems(Config(), items)\n"
         "print([item.marks[0].args[0] for item in items])\n"
     )
     environment = os.environ | {patience.VARIABLE: "2", "PYTHONPATH": str(HERE)}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import documents
 import pytest
-from conftest import REPOSITORY
+from runs import REPOSITORY
 
 README = REPOSITORY / "README.md"
 NAMES = [str(path.relative_to(REPOSITORY)) for path in documents.DOCUMENTS]
@@ -44,7 +44,7 @@ def test_every_command_exists(name):
         ("make train RECIPE=dmeo", "no recipe dmeo"),
         ("make train ARGS='--set epoch=2'", "epoch"),
         ("make test TESTS=trainer/tests/test_nothing.py", "no file"),
-        ("make test TESTS=trainer/tests/test_train.py ARGS='-k unheard'", "unheard"),
+        ("make test TESTS=trainer/tests/training/test_train.py ARGS='-k unheard'", "unheard"),
         ("make test ARGS='-m gpus'", "gpus"),
         ("make install VALUES=values/nowhere.yaml", "no file values/nowhere.yaml"),
         ("make install HELM_ARGS='--set node=3'", "no value node"),
@@ -68,7 +68,7 @@ def test_every_task_in_the_documents_is_run_somewhere():
     places = [*(REPOSITORY / ".github/workflows").glob("*.yml"), REPOSITORY / ".ci/run"]
     text = "\n".join(path.read_text().replace("\\\n", " ") for path in places)
     run = set(re.findall(r"\bg?make ([a-z][a-z-]*)", text))
-    tests = "\n".join(path.read_text() for path in (REPOSITORY / "trainer/tests").glob("test_*.py"))
+    tests = "\n".join(path.read_text() for path in documents.tests())
     run |= set(re.findall(r"\"make\", \"([a-z-]+)\"", tests)) | set(re.findall(r"make\(\"([a-z-]+)\"", tests))
     told = {t for path in documents.DOCUMENTS for c in documents.commands(path) for t in c.targets}
     assert len(told) > 20

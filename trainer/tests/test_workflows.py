@@ -13,7 +13,7 @@ import documents
 import pytest
 import yaml
 from chart_helpers import CHART, render
-from conftest import REPOSITORY
+from runs import REPOSITORY
 
 import k8scifar
 
@@ -118,7 +118,7 @@ def test_scripts_pass_shellcheck(name, script):
 
 def test_the_cluster_test_spans_what_the_chart_supports():
     oldest = yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"]
-    minors = re.findall(r"range\(27, (\d+)\)", (REPOSITORY / "trainer/tests/test_chart_render.py").read_text())
+    minors = re.findall(r"range\(27, (\d+)\)", (REPOSITORY / "chart/tests/test_chart_render.py").read_text())
     cluster = dict(jobs())["cluster.kind"]
     rows = cluster["strategy"]["matrix"]["include"]
     assert [row["helm"] for row in rows] == [3, 4]

@@ -1,0 +1,279 @@
+"""Chaos: faults at random moments of a two-host training, and then: are the weights those of an undisturbed one?
+
+``python trainer/tests/helpers/chaos.py --kills 20`` (`make chaos KILLS=20`) trains run after run, strikes until the
+faults are used up, compares each finished run with the undisturbed one, bit for bit, and prints a table. Needs
+root and Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hosts
+import yaml
+from pods import NAMES, Group
+from runs import TINY, history
+
+from k8scifar.data.prepare import prepare
+from k8scifar.training import checkpoint
+
+TIMEOUT = 8.0  # seconds that a rank waits for a silent peer, here
+SILENCE = TIMEOUT + 3.0  # how long a fault that must be noticed lasts
+RANK, AGENT = (
+    "-u -m k8scifar.launch.worker",
+    "-m k8scifar.launch.agent",
+)  # in their command lines; the agent's tells of the rank's too
+LIMIT = 300.0  # seconds within which any fault must be mended
+
+# What is trained: 8 epochs of 6 steps with an evaluation after each; a checkpoint every 4 steps.
+CONFIG = TINY | {
+    "epochs": 8,
+    "checkpoint": {"every_steps": 4, "keep": 3},
+    "distributed": {"timeout_seconds": TIMEOUT, "comm": "allreduce"},
+    "log": {"every_seconds": 0.001, "every_steps": 1000, "tensorboard": False},
+}
+
+
+@dataclass
+class Strike:
+    """One fault and what came of it."""
+
+    kind: str
+    host: int
+    step: int
+    over: float = 0.0  # when the fault itself had ended
+    recovered: bool = False  # its training came to its end
+    seconds: float | None = None  # from the victim's restart to the next training step
+    lost: int | None = None  # steps that had to be done again
+
+
+@dataclass
+class Report:
+    """All faults of a chaos run, and how many finished runs were not the undisturbed one."""
+
+    strikes: list[Strike] = field(default_factory=list)
+    runs: int = 0
+    wrong: int = 0
+
+    def growth(self) -> str:
+        """Whether faults in a row make recovery slower: the first and the last third of the times."""
+        seconds = [strike.seconds for strike in self.strikes if strike.seconds is not None]
+        third = max(1, len(seconds) // 3)
+        if not seconds:
+            return "no recovery was timed"
+        first, last = statistics.median(seconds[:third]), statistics.median(seconds[-third:])
+        whole = f"median {statistics.median(seconds):.1f} s, max {max(seconds):.1f} s, n = {len(seconds)}"
+        return f"to the next step: {whole}; median of the first third {first:.1f} s, of the last {last:.1f} s"
+
+    def table(self) -> str:
+        """A markdown table, one row a kind of fault."""
+        rows = ["| fault | tried | recovered | to the next step: median, max | steps done again: median, max |"]
+        rows.append("|---|---|---|---|---|")
+        for kind in KINDS:
+            tried = [strike for strike in self.strikes if strike.kind == kind]
+            if not tried:
+                continue
+            seconds = [strike.seconds for strike in tried if strike.seconds is not None]
+            lost = [strike.lost for strike in tried if strike.lost is not None]
+            times = f"{statistics.median(seconds):.1f} s, {max(seconds):.1f} s" if seconds else ""
+            steps = f"{statistics.median(lost):.0f}, {max(lost)}" if lost else ""
+            mended = sum(strike.recovered for strike in tried)
+            rows.append(f"| {KINDS[kind].__doc__} | {len(tried)} | {mended} | {times} | {steps} |")
+        return "\n".join(rows)
+
+
+def kill_worker(group: Group, host: int) -> None:
+    """SIGKILL of a rank"""
+    group.machines[host].signal(signal.SIGKILL, RANK)
+
+
+def kill_agent(group: Group, host: int) -> None:
+    """SIGKILL of a torchrun agent"""
+    group.machines[host].signal(signal.SIGKILL, AGENT)
+
+
+def kill_pod(group: Group, host: int) -> None:
+    """SIGKILL of a whole pod"""
+    group.machines[host].kill()
+
+
+def kill_both(group: Group, host: int) -> None:
+    """SIGKILL of both pods at once"""
+    for machine in group.machines:
+        machine.kill()
+
+
+def preempt(group: Group, host: int) -> None:
+    """SIGTERM of a pod (preemption)"""
+    group.machines[host].signal(signal.SIGTERM, "k8scifar launch")
+
+
+def freeze_rank(group: Group, host: int) -> None:
+    """a rank frozen for good (SIGSTOP)"""
+    group.machines[host].signal(signal.SIGSTOP, RANK)
+
+
+def freeze_agent(group: Group, host: int) -> None:
+    """a torchrun agent and its rank frozen for good"""
+    group.machines[host].signal(signal.SIGSTOP, AGENT)
+    group.machines[host].signal(signal.SIGSTOP, RANK)
+
+
+def freeze_pod(group: Group, host: int) -> None:
+    """a pod frozen beyond the time-out, then thawed"""
+    frozen = group.machines[host].signal(signal.SIGSTOP)
+    time.sleep(SILENCE)
+    hosts.send(frozen, signal.SIGCONT)
+
+
+def cut_link(group: Group, host: int) -> None:
+    """the network down beyond the time-out"""
+    group.machines[host].link(up=False)
+    time.sleep(SILENCE)
+    group.machines[host].link(up=True)
+
+
+def slow_link(group: Group, host: int) -> None:
+    """the network at 200 Mb/s for a while"""
+    group.machines[host].limit("200mbit")
+    time.sleep(SILENCE / 2)
+    group.machines[host].limit("")
+
+
+def reset_connections(group: Group, host: int) -> None:
+    """all connections reset"""
+    group.machines[host].reset_connections()
+
+
+def damage_checkpoint(group: Group, host: int) -> None:
+    """the newest checkpoint cut short, then both pods killed"""
+    kill_both(group, host)
+    for path in checkpoint.listed(group.run_dir / "checkpoints")[:1]:
+        path.write_bytes(path.read_bytes()[: random.randrange(path.stat().st_size)])
+
+
+KINDS = {
+    function.__name__: function
+    for function in (
+        *(kill_worker, kill_agent, kill_pod, kill_both, preempt),
+        *(freeze_rank, freeze_agent, freeze_pod, cut_link, slow_link, reset_connections, damage_checkpoint),
+    )
+}
+KILLS = ("kill_worker", "kill_agent", "kill_pod", "kill_both", "preempt", "reset_connections", "damage_checkpoint")
+
+
+def train(folder: Path, data: Path, name: str, machines: list, plan: list[str], draw: random.Random, report: Report):
+    """One training to its end, struck by faults of `plan`, which are taken off it; the finished run's folder."""
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(CONFIG))
+    group = Group(machines, folder, config, data, name)
+    try:
+        for rank in range(2):
+            group.start(rank)
+        while plan and not group.done:
+            calm = draw.random() < 0.7  # else the fault falls into the recovery from the one before, or into the start
+            if calm:
+                mended(group, report)
+            wait_for(group, draw.uniform(0.0, 4.0 if calm else 8.0))
+            if not group.done:
+                strike = Strike(plan.pop(0), draw.randrange(2), group.step)
+                report.strikes.append(strike)
+                print(f"{name}: step {strike.step}: {strike.kind} on host {strike.host}", file=sys.stderr, flush=True)
+                KINDS[strike.kind](group, strike.host)
+                strike.over = time.monotonic()
+        mended(group, report)
+        group.until(lambda: group.done, LIMIT, "the end of training")
+        for strike in report.strikes:
+            strike.recovered = True
+        return group.run_dir
+    finally:
+        group.stop()
+
+
+def wait_for(group: Group, seconds: float) -> None:
+    """Sleep, but not beyond the end of training."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not group.done:
+        time.sleep(0.05)
+
+
+def mended(group: Group, report: Report) -> None:
+    """Wait until training moves again after the last fault, or is done, and note how long it took."""
+    strike = report.strikes[-1] if report.strikes else Strike("", 0, 0)
+    group.until(
+        lambda: group.done or any(at > strike.over for at, _ in group.steps[-1:]), LIMIT, f"a step after {strike.kind}"
+    )
+    resumed = [(at, step) for at, step in group.resumed if at > strike.over]
+    if strike.seconds is not None or not resumed:
+        return
+    restart = max([strike.over, *(start for pod in group.pods for start in pod.starts)])
+    steps = [at for at, _ in group.steps if at > resumed[-1][0]]
+    if steps and restart < steps[0]:
+        strike.seconds = steps[0] - restart
+        strike.lost = max(0, strike.step - resumed[-1][1])
+
+
+def undisturbed(folder: Path, data: Path, machines: list) -> Path:
+    """The run that all others must equal."""
+    return train(folder, data, "undisturbed", machines, [], random.Random(0), Report())
+
+
+def chaos(folder: Path, kinds: list[str], kills: int, seed: int, report: Report) -> None:
+    """Strike `kills` times, each kind about equally often. Raises AssertionError where a training does not recover."""
+    draw = random.Random(seed)
+    random.seed(seed)
+    plan = (kinds * (kills // len(kinds) + 1))[:kills]
+    draw.shuffle(plan)
+    data = folder / "data"
+    prepare(data, "synthetic:600:303")
+    with hosts.two(NAMES) as machines:
+        reference = undisturbed(folder, data, machines)
+        while plan:
+            report.runs += 1
+            run_dir = train(folder, data, f"run-{report.runs}", machines, plan, draw, report)
+            same = _result(run_dir) == _result(reference)
+            report.wrong += not same
+            print(f"run {report.runs}: {'equals' if same else 'DIFFERS FROM'} the undisturbed", file=sys.stderr)
+
+
+def _result(run_dir: Path) -> tuple:
+    """What must be equal to the last bit."""
+    summary = json.loads((run_dir / "summary.json").read_text())
+    return summary["weights_sha256"], summary["accuracy"], summary["loss"], history(run_dir)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="how many faults (20)")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the kinds and moments (the time)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which faults (all)")
+    args = parser.parse_args()
+    print(f"seed {args.seed}", file=sys.stderr)
+    report, error = Report(), ""
+    with tempfile.TemporaryDirectory(prefix="k8scifar-chaos-") as folder:
+        try:
+            chaos(Path(folder), args.kinds, args.kills, args.seed, report)
+        except AssertionError as failure:
+            error = f"error: with --seed {args.seed}: {failure}"
+    print(f"{report.table()}\n\n{report.growth()}")
+    print(
+        f"{len(report.strikes)} faults in {report.runs} trainings, seed {args.seed}; "
+        f"trainings that did not equal the undisturbed one bit for bit: {report.wrong}"
+    )
+    if error:
+        print(error, file=sys.stderr)
+    return 1 if report.wrong or error else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Trainings for tests: their settings, their command lines, what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+TINY = {
+    "epochs": 2,
+    "global_batch": 100,
+    "micro_batch": 50,
+    "model": {"zero_init": True, "whiten": True},
+    "resolution": [{"until": 0.5, "pixels": 8}, {"until": 1.0, "pixels": 12}],
+    "optimizer": {"name": "sgd", "lr": 0.02},
+    "evaluation": {"batch": 64, "interim_images": 0},
+    "hardware": {"precision": "fp32", "threads": 1},
+    "log": {"every_seconds": 0.5, "every_steps": 3},
+}
+HELPERS = Path(__file__).parent
+
+
+def train_command(ranks: int, config: Path, data: Path, runs: Path, name: str, *arguments: str) -> list[str]:
+    """The command line of a training under torchrun."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+        *("-m", "k8scifar", "train", "--config", str(config), "--data-dir", str(data), "--runs-dir", str(runs)),
+        *("--name", name, *arguments),
+    ]
+
+
+def run(command: list[str], timeout: float = 240, **options) -> subprocess.CompletedProcess:
+    """Run a command with one thread a process, its output captured as text."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **options)
+
+
+def cli_command(*arguments: str) -> list[str]:
+    """The command line `k8scifar` with these arguments."""
+    return [sys.executable, "-m", "k8scifar", *arguments]
+
+
+def cli(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run `k8scifar` with these arguments."""
+    return run(cli_command(*arguments), **options)
+
+
+def history(folder: Path) -> list[dict]:
+    """metrics.jsonl of a run folder, without what differs between two equal runs: times."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["images_per_second"], record["seconds"], record["checkpoint_seconds"]
+    return records
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 of a finished run's weights, as its summary has it."""
+    return json.loads((folder / "summary.json").read_text())["weights_sha256"]

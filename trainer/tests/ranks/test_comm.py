@@ -1,0 +1,240 @@
+"""Ways of communicating: every mode trains, keeps the replicas equal and resumes bit for bit; `auto` chooses well."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from comm_ranks import cut
+from runs import HELPERS, TINY, run, weights_hash
+
+from k8scifar.cli import main
+from k8scifar.config import loading
+from k8scifar.config.schema import Config
+from k8scifar.errors import UserError
+from k8scifar.ranks import choice, exchange
+from k8scifar.ranks.choice import Choice, Times
+from k8scifar.ranks.pulse import Pulse
+from k8scifar.ranks.world import World
+from k8scifar.training import checkpoint
+from k8scifar.training.state import check_resumable
+
+pytestmark = pytest.mark.slow
+
+MODES = ["bf16", "powersgd", "local-sgd"]  # test_train.py has allreduce
+CUT_AT = 4  # of 6 steps; local SGD averages after steps 3 and 6
+SHORT = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "distributed.local_sgd_steps=3"]
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody uses."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def start(folder: Path, data: Path, trainings: list[dict], ranks: int = 2):
+    """Run the trainings (keys: name, sets, cut, slow) in the same ranks; returns the finished torchrun."""
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    plan = []
+    for port, training in zip(free_ports(len(trainings)), trainings, strict=True):
+        paths = ["--config", str(folder / "tiny.yaml"), "--data-dir", str(data), "--runs-dir", str(folder)]
+        sets = [part for value in training["sets"] for part in ("--set", value)]
+        cut = training.get("cut")
+        if cut:
+            cut = {"from": str(folder / cut), "to": str(folder / training["name"]), "step": CUT_AT}
+        plan.append({"port": port, "arguments": [*paths, "--name", training["name"], *sets], "cut": cut})
+        plan[-1]["slow"] = training.get("slow", False)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return run([*command, str(HELPERS / "comm_ranks.py"), str(folder / "plan.json")], timeout=280)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_data):
+    """Each mode undisturbed, and resumed within an epoch with checkpoints at other steps: (folder, what was said)."""
+    folder = tmp_path_factory.mktemp("modes")
+    trainings = []
+    for mode in MODES:
+        sets = [*SHORT, f"distributed.comm={mode}", "log.every_steps=1"]
+        trainings.append({"name": mode, "sets": [*sets, f"checkpoint.every_steps={CUT_AT}"]})
+        sets += ["checkpoint.every_steps=5", "log.tensorboard=false"]
+        trainings.append({"name": f"{mode}-resumed", "sets": sets, "cut": mode})
+    sets = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "log.tensorboard=false"]
+    few = [*sets, "distributed.local_sgd_steps=1", "optimizer.name=muon"]  # `auto` makes it 4
+    shared = [*sets, "optimizer.name=muon", f"checkpoint.every_steps={CUT_AT}"]
+    trainings += [
+        {"name": "auto", "sets": [*few, f"checkpoint.every_steps={CUT_AT}"], "slow": True},
+        {"name": "auto-resumed", "sets": few, "cut": "auto", "slow": True},
+        {"name": "asked-for", "sets": [*few, "distributed.comm=local-sgd", "distributed.local_sgd_steps=4"]},
+        {"name": "muon", "sets": shared},
+        {"name": "muon-resumed", "sets": shared, "cut": "muon"},
+    ]
+    done = start(folder, tiny_data, trainings)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resumed_within_an_epoch_equals_undisturbed_bit_for_bit(trained, mode):
+    folder, said = trained
+    assert weights_hash(folder / f"{mode}-resumed") == weights_hash(folder / mode)
+    assert json.loads((folder / mode / "summary.json").read_text())["identity"]["distributed.comm"] == mode
+    assert f"resuming at step {CUT_AT}" in said
+    assert re.search(rf"communication: {mode}[^;]*; as distributed.comm says", said)
+
+
+def test_muon_resumes_bit_for_bit(trained):
+    folder, _ = trained
+    assert weights_hash(folder / "muon-resumed") == weights_hash(folder / "muon")
+    saved = [checkpoint.load(path) for path in (folder / "muon" / "checkpoints").glob(f"step-{CUT_AT:08d}-*.pt")]
+    assert len(saved[0]["optimizer"]["state"]) == 62, "every parameter has a momentum"
+
+
+def test_choice_of_auto_is_kept_and_measuring_changes_nothing(trained):
+    folder, said = trained
+    assert re.search(r"communication: local-sgd, averaged every 4 steps; an all-reduce .*predicted", said)
+    assert "communication: local-sgd, averaged every 4 steps; kept from the checkpoint" in said
+    assert weights_hash(folder / "auto") == weights_hash(folder / "asked-for")
+    assert weights_hash(folder / "auto-resumed") == weights_hash(folder / "asked-for")
+
+
+def test_replicas_are_bit_identical_and_the_modes_differ(trained):
+    folder, _ = trained
+    ranks = [(folder / f"hashes.{rank}").read_text().splitlines() for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    assert any(line.startswith("averaged ") for line in ranks[0]), "local SGD within an epoch"
+    last = {line.split()[0]: line.split()[2] for line in ranks[0] if line.split()[1] == "6"}
+    assert len(last) == 2 * len(MODES) + 5
+    assert len(set(last.values())) == len(MODES) + 2
+
+
+def test_checkpoint_holds_what_each_mode_carries(trained):
+    weights = 11_173_962
+    for mode, expected in [("bf16", None), ("powersgd", (2, 0)), ("local-sgd", (2, 2 * weights))]:
+        (path,) = (trained[0] / mode / "checkpoints").glob(f"step-{CUT_AT:08d}-*.pt")
+        saved = checkpoint.load(path)["comm"]
+        assert saved["mode"] == mode
+        if expected is None:
+            assert saved["own"] is None
+            continue
+        assert len(saved["own"]) == expected[0]
+        assert saved["own"].shape[1] >= expected[1]
+        assert not torch.equal(*saved["own"]), "each rank has its own"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_time_of_communication_is_on_tensorboard(trained, mode):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0] / mode))
+    events.Reload()
+    shares = {
+        part: [point.value for point in events.Scalars(f"time/{part}")] for part in ("data", "compute", "communication")
+    }
+    assert [sum(step) for step in zip(*shares.values(), strict=True)] == pytest.approx([1] * 6, abs=1e-5)
+    if mode == "local-sgd":  # averages after steps 3 and 6
+        waits = shares["communication"]
+        assert min(waits[2], waits[5]) > max(waits[1], waits[3], waits[4])
+
+
+def test_one_rank_goes_on_from_a_checkpoint_of_two(trained, tiny_data, tmp_path, capsys):
+    cut(trained[0] / "local-sgd", tmp_path / "alone", CUT_AT)
+    sets = [*SHORT, "distributed.comm=local-sgd", "log.tensorboard=false"]
+    paths = ["--config", str(trained[0] / "tiny.yaml"), "--data-dir", str(tiny_data), "--runs-dir", str(tmp_path)]
+    arguments = [*paths, "--name", "alone", *(part for value in sets for part in ("--set", value))]
+    assert main(["train", *arguments]) == 0
+    assert f"resuming at step {CUT_AT}" in capsys.readouterr().err
+    assert main(["train", *arguments]) == 0
+    assert "already finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("times", "best"),
+    [
+        (Times(gradients=0.1, rounded=0.1, compute=1.0, exposed=0.04), Choice("allreduce", 8)),
+        (Times(gradients=0.9, rounded=0.3, compute=1.0, exposed=0.1), Choice("bf16", 8)),
+        (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.9), Choice("local-sgd", 8)),
+        (Times(gradients=4.0, rounded=2.0, compute=1.0, exposed=3.8), Choice("local-sgd", 32)),
+        (Times(gradients=40.0, rounded=20.0, compute=1.0, exposed=39.0), Choice("local-sgd", 32)),
+        (Times(gradients=0.02, rounded=0.02, compute=1.0, exposed=0.02, updates=0.4), Choice("allreduce", 8)),
+        (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.2, updates=0.4), Choice("local-sgd", 8)),
+    ],
+)
+def test_auto_takes_the_most_exact_way_that_the_wire_can_bear(times, best):
+    assert choice.best(choice.predict(times, 8, ranks=2)) == best
+
+
+def test_powersgd_of_full_rank_is_exact_and_of_low_rank_loses_nothing_for_good(tmp_path):
+    """On one rank: what is sent over the steps adds up to the gradients, the remainder apart."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for rank, exact in ((1, False), (4, True)):
+            net = torch.nn.Linear(60, 12, bias=False)
+            ddp = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+            config = Config(distributed={"powersgd_rank": rank})
+            world = World(0, 1, 0, 1, torch.device("cpu"), "gloo", None, Pulse(0, 1), 60.0)
+            mode = exchange.PowerSGD(config, world, ddp, torch.optim.SGD(net.parameters()))
+            left, right = torch.randn(12, 4), torch.randn(4, 60)  # every gradient is of rank 4
+            total, sent = torch.zeros(12, 60), torch.zeros(12, 60)
+            for scale in (1.0, -0.5, 2.0):
+                gradient = scale * left @ right
+                (ddp(torch.eye(60)).T * gradient).sum().backward()
+                mode.after_backward()
+                total += gradient
+                sent += net.weight.grad
+                net.weight.grad.zero_()
+            assert torch.allclose(total, sent, atol=1e-3) == exact
+            assert torch.allclose(total, sent + mode._own()[0], atol=1e-3)
+            saved = mode.snapshot()
+            lost = saved["own"].clone()
+            saved["own"] = torch.cat([lost, lost + 2])  # as of two ranks
+            mode.restore(saved)
+            torch.testing.assert_close(mode.snapshot()["own"], lost + 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Manifest:
+    fingerprint = "data"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "saved", "ranks", "refused"),
+    [
+        ("auto", "powersgd", 2, False),
+        ("powersgd", "powersgd", 2, False),
+        ("bf16", "powersgd", 2, True),
+        ("bf16", "allreduce", 1, False),
+    ],
+)
+def test_checkpoint_of_another_mode_is_refused(wanted, saved, ranks, refused):
+    config = loading.load(sets=[f"distributed.comm={wanted}"])
+    old = loading.load(sets=["distributed.comm=auto"]).model_dump(mode="json")
+    payload = {"data": "data", "step": 5, "config": old, "world_size": ranks, "comm": {"mode": saved}}
+    if not refused:
+        check_resumable(config, payload, Manifest)
+        return
+    with pytest.raises(UserError, match=r"distributed\.comm powersgd -> bf16"):
+        check_resumable(config, payload, Manifest)
+
+
+def test_period_that_auto_has_chosen_is_not_changed_by_naming_the_mode():
+    old = loading.load().model_dump(mode="json")
+    used = {"mode": "local-sgd", "every": 32}
+    payload = {"data": "data", "step": 5, "config": old, "world_size": 2, "comm": used}
+    check_resumable(loading.load(), payload, Manifest)
+    named = ["distributed.comm=local-sgd"]
+    check_resumable(loading.load(sets=[*named, "distributed.local_sgd_steps=32"]), payload, Manifest)
+    with pytest.raises(UserError, match=r"distributed\.local_sgd_steps 32 -> 8"):
+        check_resumable(loading.load(sets=named), payload, Manifest)
