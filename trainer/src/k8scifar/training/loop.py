@@ -20,7 +20,7 @@ from k8scifar.errors import PREEMPTED
 from k8scifar.ranks.agree import Agreement
 from k8scifar.ranks.world import check_size, join
 from k8scifar.results.summary import describe
-from k8scifar.training import memory, model, optim
+from k8scifar.training import compiling, memory, optim
 from k8scifar.training.evaluation import Stopped
 from k8scifar.training.plan import Plan
 from k8scifar.training.resume import find
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     manifest = require(Path(config.data.dir))
     plan = Plan(config, manifest.counts["train"])
     with join(config) as world:
+        compiling.check(config, world.device)
         finished, checkpoint = find(config, manifest, world)
         if finished:
             if world.is_main:
@@ -102,10 +103,12 @@ def train(session: Session, stop: threading.Event) -> None:
             inputs = images.augmented(samples, pixels, seed=config.seed, epoch=epoch, **dict(config.augment))
             labels = images.labels[samples]
             clock.mark("compute")
-            model.set_norm_momentum(state.norms, index, len(micro_batches))
             is_last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else state.ddp.no_sync():
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=session.precision == "bf16"):
+                with (
+                    state.statistics.momentum(index, len(micro_batches)),
+                    torch.autocast(world.device.type, torch.bfloat16, enabled=session.precision == "bf16"),
+                ):
                     logits = state.exchange.model(inputs)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
                 (loss / len(micro_batches)).backward()

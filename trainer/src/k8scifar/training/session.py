@@ -79,7 +79,8 @@ class Session:
         return (
             f"{config.name or config.recipe}: {config.model.name}, {model.parameters(self.state.net):,} parameters, "
             f"{self.manifest.counts['train']:,} + {self.manifest.counts['test']:,} images ({self.manifest.source}), "
-            f"world size {world.size}, {world.device.type} {self.precision}, {world.backend}, "
+            f"world size {world.size}, {world.device.type} {self.precision}"
+            f"{', compiled' * config.hardware.compile}, {world.backend}, "
             f"{torch.get_num_threads()} thread(s) a rank, global batch {config.global_batch}, "
             f"{config.epochs} epochs of {self.plan.steps_per_epoch} steps{resumed}"
         )
@@ -140,7 +141,7 @@ class Session:
         sums = state.sums.clone()
         dist.all_reduce(sums)
         self.check_finite(sums, step)
-        agree.average(state.statistics(), self.world)
+        agree.average(state.statistics.running(), self.world)
         pixels = self.plan.pixels(step - 1)
         record: dict[str, Any] = {
             "epoch": epoch,

@@ -18,7 +18,7 @@ from k8scifar.ranks import exchange
 from k8scifar.ranks.agree import gather, unflatten
 from k8scifar.ranks.world import World
 from k8scifar.results.summary import with_todays_names
-from k8scifar.training import model, optim
+from k8scifar.training import compiling, model, optim
 
 WHITEN_FROM = 2000  # training images, evenly spaced, whose patches give the whitening filters
 
@@ -33,7 +33,7 @@ class State:
     net: nn.Module
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
-    norms: list[nn.BatchNorm2d]
+    statistics: model.Statistics  # each rank's own running statistics
     sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
     exchange: exchange.AllReduce | None  # how the ranks combine what they learnt, once it is chosen
     step: int = 0
@@ -49,18 +49,19 @@ class State:
             sample = torch.arange(count, device=world.device) * len(images) // count
             model.whiten(net, images.plain(sample, config.resolution[0].pixels).cpu())
         net = net.to(world.device)
-        compiled = torch.compile(net) if config.hardware.compile else net
         ids = [world.device.index] if world.device.type == "cuda" else None
         with warnings.catch_warnings():  # newer torch wants a name that older ones lack
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             ddp = DistributedDataParallel(
-                compiled, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+                net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
             )
-        if not config.hardware.compile:
-            _settle_buckets(ddp, model.norms(net), world.device)
+        _settle_buckets(ddp, model.norms(net), world.device)
+        if config.hardware.compile:  # only now: the settling pass would be compiled as well
+            ddp.module = compiling.compiled(net, config)
+        statistics = model.Statistics(model.norms(net), constant=config.hardware.compile)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         optimizer = optim.build(net, config)
-        return cls(config, manifest, world, net, ddp, optimizer, model.norms(net), sums, None)
+        return cls(config, manifest, world, net, ddp, optimizer, statistics, sums, None)
 
     def communicate(self, mode: str, every: int) -> None:
         """Choose how the ranks communicate, before the first step and before `restore`; at most once.
@@ -77,14 +78,10 @@ class State:
 
     def local(self) -> torch.Tensor:
         """What differs between the ranks within an epoch, float64 [n]: running statistics and sums."""
-        return torch.cat([tensor.flatten().double() for tensor in [*self.statistics(), self.sums]])
-
-    def statistics(self) -> list[torch.Tensor]:
-        """Each rank's own running statistics."""
-        return model.running_statistics(self.norms)
+        return torch.cat([tensor.flatten().double() for tensor in [*self.statistics.running(), self.sums]])
 
     def _set_local(self, row: torch.Tensor) -> None:
-        unflatten(row, [*self.statistics(), self.sums])
+        unflatten(row, [*self.statistics.running(), self.sums])
 
     def weight_sum(self) -> torch.Tensor:
         """Sum of all weights, float64 [1] on the CPU: not finite if any of them is not."""
@@ -152,7 +149,9 @@ def _settle_buckets(ddp: DistributedDataParallel, norms: list[nn.BatchNorm2d], d
     """A throwaway backward pass that leaves the weights and statistics as they are.
 
     DDP lays out its buckets anew after its first backward pass; with this one behind it, a resumed run sums the
-    gradients of its first step in the order in which the uninterrupted run does.
+    gradients of its first step in the order in which the uninterrupted run does. It is needed for more than that: with
+    `static_graph`, a first backward pass under `no_sync` (the first of several micro-batches) ends in an assertion of
+    the reducer, since it learns the graph in its first synchronised one.
     """
     for layer in norms:
         layer.momentum = 0.0
