@@ -21,9 +21,8 @@ import torch.distributed as dist
 from k8scifar import machine
 from k8scifar.config.schema import Config, check_world_size
 from k8scifar.errors import RankError, TrainingError, UserError
+from k8scifar.ranks import failures, nccl
 from k8scifar.ranks.pulse import Pulse, first_line
-
-PEER_FAILURES = ("gloo", "nccl", "connection", "timed out", "timeout", "pair closure", "socket", "broken pipe")
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,29 @@ def join(config: Config) -> Iterator[World]:
     backend = config.distributed.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=config.distributed.timeout_seconds)
+    seconds = config.distributed.timeout_seconds
+    timeout, on_gpu = timedelta(seconds=seconds), {}
+    if backend == "nccl":
+        nccl.settle_environment(seconds, config.run_dir)
+        on_gpu = {"timeout": nccl.timeout(seconds), "device_id": device}
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
     try:
-        dist.init_process_group(backend, timeout=timeout, **alone)
+        dist.init_process_group(backend, **({"timeout": timeout} | on_gpu | alone))
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise TrainingError(f"rank {rank} of {size} could not join its peers: {first_line(error)}") from None
+        raise failures.failure(error, size) or TrainingError(
+            f"rank {rank} of {size} could not join its peers: {first_line(error)}"
+        ) from None
     pulse = Pulse(rank, size)
     try:
         group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
         yield World(rank, size, local_rank, local_size, device, backend, group, pulse, timeout.total_seconds())
     except RuntimeError as error:
-        if not is_peer_failure(error):
-            raise
         # The process group is left as it is: taking it down would wait for the peer that is lost.
-        raise TrainingError(f"rank {rank} gave up: {pulse.blame(error)}") from None
+        if failures.is_peer_failure(error, size):
+            raise TrainingError(f"rank {rank} gave up: {pulse.blame(error)}") from None
+        if known := failures.failure(error, size):
+            raise known from None
+        raise
     except BaseException:
         _part()
         raise
@@ -90,6 +97,22 @@ def _part() -> None:
     """Leave the process group. Its destructor holds the GIL and waits for a gloo thread that may want it."""
     time.sleep(0.1)  # so the threads of gloo get it first, to let go of their last collective's tensors
     dist.destroy_process_group()
+
+
+def settle(world: World) -> None:
+    """Wait for the GPU, before a value is read from it; on a CPU nothing.
+
+    A collective that a lost peer keeps from ending would hold the reader for good, beyond the time-out of its own
+    agreements. Raises RuntimeError after the world's time-out.
+    """
+    if world.device.type != "cuda" or world.size == 1:
+        return
+    done, end = torch.cuda.Event(), time.monotonic() + world.timeout
+    done.record()
+    while not done.query():
+        if time.monotonic() > end:
+            raise RuntimeError(f"Timed out waiting {world.timeout:.0f} s for the GPU, which waits for the other ranks")
+        time.sleep(0.0005)
 
 
 def check_size(config: Config) -> None:
@@ -113,12 +136,6 @@ def resolve_precision(config: Config, world: World) -> str:
     able = torch.tensor([int(_has_bf16(world.device))])
     dist.all_reduce(able, dist.ReduceOp.MIN, group=world.host_group)
     return "bf16" if able.item() else "fp32"
-
-
-def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error means that a collective could not be finished: a peer died, fell silent or was cut off."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in PEER_FAILURES)
 
 
 def _integer(name: str, default: int) -> int:

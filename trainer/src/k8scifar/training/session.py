@@ -16,7 +16,7 @@ from k8scifar.data import packed
 from k8scifar.data.augment import Images
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.ranks import agree, choice
-from k8scifar.ranks.world import World, resolve_precision
+from k8scifar.ranks.world import World, resolve_precision, settle
 from k8scifar.results import report
 from k8scifar.results.display import Display
 from k8scifar.results.outcome import Outcome, mistakes
@@ -99,6 +99,7 @@ class Session:
         A volume that is still busy with former ones makes it leave this one out, unless it `must` be written.
         """
         begun, state = time.monotonic(), self.state
+        settle(self.world)
         behind = torch.tensor([bool(self._writer and self._writer.behind)])
         facts = agree.gather(torch.cat([state.sums.cpu(), state.weight_sum(), behind.double()]), self.world)
         self.check_finite(facts, state.step)
@@ -140,6 +141,7 @@ class Session:
         seconds = time.monotonic() - self._epoch_started
         sums = state.sums.clone()
         dist.all_reduce(sums)
+        settle(self.world)
         self.check_finite(sums, step)
         agree.average(state.statistics.running(), self.world)
         pixels = self.plan.pixels(step - 1)
