@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 # The choices a person makes: make train DATA=imagefolder:PATH RECIPE=demo NPROC=2 ARGS="--set epochs=1"
 DATA ?= auto
 RECIPE ?= demo
-NPROC ?= 2
+NPROC ?=
 DATA_DIR ?= data
 RUNS_DIR ?= runs
 NAME ?= $(RECIPE)
@@ -47,9 +47,9 @@ clean: ## remove the environment and caches (data/ and runs/ stay)
 	find trainer -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ##@ Training on this machine
-train: $(READY) ## train with DDP, NPROC=2 processes here; DATA=auto|cifar10|imagefolder:PATH|synthetic RECIPE=demo
+train: $(READY) ## train with DDP, NPROC=processes here (its GPUs, else 2); DATA=auto|cifar10|imagefolder:PATH|synthetic RECIPE=demo
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
-	@$(BIN)/k8scifar launch --nproc-per-node $(NPROC) --recipe $(RECIPE) --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)" --name $(NAME) $(ARGS)
+	@$(BIN)/k8scifar launch $(if $(NPROC),--nproc-per-node $(NPROC)) --recipe $(RECIPE) --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)" --name $(NAME) $(ARGS)
 
 report: $(READY) ## write runs/NAME/report.html of a finished run again
 	@$(BIN)/k8scifar report "$(RUNS_DIR)/$(NAME)" --data-dir "$(DATA_DIR)"
