@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from k8scifar.config import loading
-from k8scifar.errors import RankError, TrainingError
+from k8scifar.errors import RankError, TrainingError, UserError
+from k8scifar.ranks import device as devices
 from k8scifar.ranks import nccl, world
 
 
@@ -114,3 +116,43 @@ def test_reader_does_not_wait_for_a_stuck_gpu_for_good(monkeypatch):
         world.settle(here)
     assert world.failures.is_peer_failure(told.value, 2)
     world.settle(SimpleNamespace(device=torch.device("cpu"), size=2, timeout=0.05))
+
+
+def test_card_without_code_in_this_torch_is_told_before_the_first_step(gpus, tmp_path):
+    gpus(capability=(6, 1))
+    with (
+        pytest.raises(RankError, match=r"no code for Stand-in 100, compute capability 6\.1 \(it has sm_70.*device=cpu"),
+        world.join(config(tmp_path)),
+    ):
+        pass
+
+
+def test_rank_without_a_gpu_of_its_own_is_told(gpus, tmp_path, monkeypatch):
+    gpus(count=1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(RankError, match="local rank 1 has no GPU: this machine has 1"), world.join(config(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_driver_that_is_too_old_is_told_in_one_line(gpus, tmp_path, monkeypatch, capsys, wanted):
+    gpus()
+
+    def unusable():
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please "
+                      "update your GPU driver. (Triggered internally at /pytorch/c10/cuda/CUDAFunctions.cpp:119.)",
+                      UserWarning, stacklevel=1)  # fmt: skip
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", unusable)
+    with warnings.catch_warnings(record=True) as told:
+        if wanted == "auto":
+            assert devices.choose(config(tmp_path), 0).type == "cpu"
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1
+            assert "driver on your system is too old" in said
+            assert "Triggered" not in said
+        else:
+            with pytest.raises(UserError, match=r"driver on your system is too old.*set hardware\.device=cpu"):
+                devices.choose(config(tmp_path, "hardware.device=cuda"), 0)
+    assert not told

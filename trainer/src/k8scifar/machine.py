@@ -37,6 +37,19 @@ def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(1, min(cores, math.floor(int(quota) / int(period) + 0.01)))
 
 
+def cpu_features(info: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What the processors can do, in Linux's words (x86: `flags`, ARM: `Features`); empty where there is no Linux."""
+    with contextlib.suppress(OSError):
+        found = re.findall(r"^(?:flags|Features)\s*:(.*)$", info.read_text(), re.MULTILINE)
+        return frozenset.intersection(*(frozenset(line.split()) for line in found)) if found else frozenset()
+    return frozenset()
+
+
+def has_bf16(features: frozenset[str]) -> bool:
+    """Whether processors multiply bf16 in hardware."""
+    return not features.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})  # the last is ARM's
+
+
 def usable_gpus(environment: Mapping[str, str]) -> int:
     """GPUs that this process's torch can use: none where it is a CPU build."""
     with contextlib.suppress(metadata.PackageNotFoundError):

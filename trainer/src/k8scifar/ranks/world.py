@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ import torch.distributed as dist
 
 from k8scifar import machine
 from k8scifar.config.schema import Config, check_world_size
-from k8scifar.errors import RankError, TrainingError, UserError
+from k8scifar.errors import TrainingError, UserError
+from k8scifar.ranks import device as devices
 from k8scifar.ranks import failures, nccl
 from k8scifar.ranks.pulse import Pulse, first_line
 
@@ -54,7 +54,7 @@ def join(config: Config) -> Iterator[World]:
     """
     rank, size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
-    device = _device(config, local_rank)
+    device = devices.choose(config, local_rank)
     torch.set_num_threads(config.hardware.threads or max(1, machine.usable_cpus() // local_size))
     if config.distributed.interface:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = config.distributed.interface
@@ -129,43 +129,8 @@ def check_size(config: Config) -> None:
         raise UserError(f"configuration: {error}") from None
 
 
-def resolve_precision(config: Config, world: World) -> str:
-    """`bf16` or `fp32`; `auto` is bf16 where every rank has it in hardware."""
-    if config.hardware.precision != "auto":
-        return config.hardware.precision
-    able = torch.tensor([int(_has_bf16(world.device))])
-    dist.all_reduce(able, dist.ReduceOp.MIN, group=world.host_group)
-    return "bf16" if able.item() else "fp32"
-
-
 def _integer(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise UserError(f"environment variable {name} is {text!r}, not a number; start the ranks with torchrun")
     return int(text)
-
-
-def _device(config: Config, local_rank: int) -> torch.device:
-    if config.hardware.device == "cpu" or (config.hardware.device == "auto" and not torch.cuda.is_available()):
-        if config.distributed.backend == "nccl":
-            raise UserError("distributed.backend=nccl needs GPUs, and this rank trains on the CPU; set it to auto")
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("hardware.device=cuda, but torch sees no GPU here; set hardware.device=cpu, or mend the driver")
-    if local_rank >= torch.cuda.device_count():
-        raise RankError(
-            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-            "lower --nproc-per-node, or set hardware.device=cpu"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere; older ones only emulate it
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
-        return "avx512_bf16" in flags or "amx_bf16" in flags
-    return False

@@ -18,6 +18,7 @@ from k8scifar.console import say
 from k8scifar.data.prepare import require
 from k8scifar.errors import PREEMPTED
 from k8scifar.ranks.agree import Agreement
+from k8scifar.ranks.device import autocast
 from k8scifar.ranks.world import check_size, join
 from k8scifar.results.summary import describe
 from k8scifar.training import compiling, memory, optim
@@ -107,11 +108,11 @@ def train(session: Session, stop: threading.Event) -> None:
             with contextlib.nullcontext() if is_last else state.ddp.no_sync():
                 with (
                     state.statistics.momentum(index, len(micro_batches)),
-                    torch.autocast(world.device.type, torch.bfloat16, enabled=session.precision == "bf16"),
+                    autocast(world.device, session.precision),
                 ):
                     logits = state.exchange.model(inputs)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-                (loss / len(micro_batches)).backward()
+                state.scaler.scale(loss / len(micro_batches)).backward()
             with torch.no_grad():
                 step_loss += loss / len(micro_batches)
                 state.sums[0] += loss * len(labels)
@@ -119,7 +120,7 @@ def train(session: Session, stop: threading.Event) -> None:
                 state.sums[2] += len(labels)
         state.exchange.after_backward()
         clock.mark("compute")
-        state.optimizer.step()
+        session.step()
         state.optimizer.zero_grad(set_to_none=False)  # the gradients are views into DDP's buckets
         state.step += 1
         clock.mark("communication")

@@ -16,14 +16,15 @@ from k8scifar.data import packed
 from k8scifar.data.augment import Images
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.ranks import agree, choice
-from k8scifar.ranks.world import World, resolve_precision, settle
+from k8scifar.ranks.device import resolve_precision
+from k8scifar.ranks.world import World, settle
 from k8scifar.results import report
 from k8scifar.results.display import Display
 from k8scifar.results.outcome import Outcome, mistakes
 from k8scifar.results.progress import epoch_line
 from k8scifar.results.run_folder import RunFolder
 from k8scifar.results.summary import describe
-from k8scifar.training import checkpoint, model
+from k8scifar.training import checkpoint, model, scaling
 from k8scifar.training.clock import StepClock
 from k8scifar.training.evaluation import evaluate
 from k8scifar.training.plan import Plan
@@ -42,14 +43,15 @@ class Session:
     ) -> None:
         self.config, self.manifest, self.world = config, manifest, world
         self.folder = RunFolder(config.run_dir)
-        self.precision = resolve_precision(config, world)
+        precision = resolve_precision(config, world.device, world.host_group)
+        self.precision = precision.name
         self.plan = plan
         self.splits = {name: packed.read(Path(config.data.dir), manifest, name) for name in packed.SPLITS}
         self.train_images = self._on_device("train", border=config.augment.translate)
         self.test_images = self._on_device("test")
         # Fresh weights, then the exchange, then the checkpoint: the mode is measured on a model that may still change,
         # and decides which of the checkpoint's tensors there are to be restored.
-        self.state = State.fresh(config, manifest, world, self.train_images)
+        self.state = State.fresh(config, manifest, world, self.train_images, self.precision)
         payload = checkpoint.decode(found, "the checkpoint") if found is not None else None
         why = self._choose_exchange(payload)
         if payload:
@@ -71,6 +73,8 @@ class Session:
         if world.size > 1:
             self.display.write(f"communication: {self.state.exchange.label}; {why}")
         self.display.write(self.headline())
+        if precision.note:
+            self.display.write(precision.note)
 
     def headline(self) -> str:
         """One line that tells what is about to train."""
@@ -111,6 +115,16 @@ class Session:
                 self._writer.save(payload, state.step, best_step(state.history))
         self._saved = time.monotonic()
         self._stalled += self._saved - begun
+
+    def step(self) -> None:
+        """The optimiser's step; one whose gradients overflowed in fp16 is left out, and told. Raises UserError."""
+        state = self.state
+        scale = scaling.step(state.scaler, state.optimizer, self.world)
+        if scale is None:
+            return
+        self.display.write(f"step {state.step + 1} left out: gradients beyond fp16; the loss scale is now {scale:g}")
+        if scale < scaling.LEAST:
+            raise self.not_finite(state.step)
 
     def check_finite(self, sums: torch.Tensor, step: int) -> None:
         """Raise UserError where sums over losses or weights are garbage."""

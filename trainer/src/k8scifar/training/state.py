@@ -18,7 +18,7 @@ from k8scifar.ranks import exchange
 from k8scifar.ranks.agree import gather, unflatten
 from k8scifar.ranks.world import World
 from k8scifar.results.summary import with_todays_names
-from k8scifar.training import compiling, model, optim
+from k8scifar.training import compiling, model, optim, scaling
 
 WHITEN_FROM = 2000  # training images, evenly spaced, whose patches give the whitening filters
 
@@ -33,6 +33,7 @@ class State:
     net: nn.Module
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing but in fp16
     statistics: model.Statistics  # each rank's own running statistics
     sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
     exchange: exchange.AllReduce | None  # how the ranks combine what they learnt, once it is chosen
@@ -40,7 +41,7 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
 
     @classmethod
-    def fresh(cls, config: Config, manifest: Manifest, world: World, images: Images) -> State:
+    def fresh(cls, config: Config, manifest: Manifest, world: World, images: Images, precision: str) -> State:
         """Step 0, the weights drawn from the seed; `images` are the training split's."""
         torch.manual_seed(config.seed)
         net = model.build(config.model, len(manifest.classes))
@@ -61,7 +62,8 @@ class State:
         statistics = model.Statistics(model.norms(net), constant=config.hardware.compile)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         optimizer = optim.build(net, config)
-        return cls(config, manifest, world, net, ddp, optimizer, statistics, sums, None)
+        scaler = scaling.scaler(world.device, precision)
+        return cls(config, manifest, world, net, ddp, optimizer, scaler, statistics, sums, None)
 
     def communicate(self, mode: str, every: int) -> None:
         """Choose how the ranks communicate, before the first step and before `restore`; at most once.
@@ -110,6 +112,7 @@ class State:
             "data": self.manifest.fingerprint,
             "model": weights,
             "optimizer": _to_cpu(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
             "local": local,
             "comm": communication,
             "history": [dict(record) for record in self.history],
@@ -121,6 +124,8 @@ class State:
         check_resumable(self.config, payload, self.manifest)
         self.net.load_state_dict(payload["model"])
         self.optimizer.load_state_dict(payload["optimizer"])
+        if self.scaler.is_enabled() and payload.get("scaler"):
+            self.scaler.load_state_dict(payload["scaler"])
         if saved := payload.get("comm"):
             self.exchange.restore(saved)
         self.step, self.history = payload["step"], [with_todays_names(record) for record in payload["history"]]
