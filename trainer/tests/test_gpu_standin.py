@@ -156,3 +156,21 @@ def test_driver_that_is_too_old_is_told_in_one_line(gpus, tmp_path, monkeypatch,
             with pytest.raises(UserError, match=r"driver on your system is too old.*set hardware\.device=cpu"):
                 devices.choose(config(tmp_path, "hardware.device=cuda"), 0)
     assert not told
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gpus_choose_the_fastest_algorithms_or_repeatable_ones(gpus, tmp_path, monkeypatch, wanted):
+    gpus()
+    chosen = []
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", wanted)
+    settings = config(tmp_path, f"hardware.deterministic={wanted}")
+    devices.prepare(settings, torch.device("cpu"))
+    assert torch.backends.cudnn.benchmark == wanted, "a CPU is left alone"
+    with world.join(settings):
+        assert torch.backends.cudnn.benchmark == (not wanted)
+        assert chosen == [True] * wanted
+        assert world.os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if wanted else None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    world.os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

@@ -168,6 +168,8 @@ class Hardware(_Section):
     """Intra-op threads a rank; 0: the cores divided among the ranks of this machine."""
     compile: bool = False
     """Compile the network with torch.compile (pays on GPUs)."""
+    deterministic: bool = False
+    """On GPUs, use only algorithms that give the same bits each time, which costs speed; CPUs always do."""
 
 
 class Log(_Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -56,6 +57,21 @@ def choose(config: Config, local_rank: int) -> torch.device:
             "or set hardware.device=cpu"
         )
     return device
+
+
+def prepare(config: Config, device: torch.device) -> None:
+    """Have a GPU choose its algorithms: the fastest after trying them, or such as give the same bits each time.
+
+    Without `hardware.deterministic` a GPU's sums may be taken in another order each time. A CPU's are not, so nothing
+    is set there.
+    """
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = not config.hardware.deterministic
+    if config.hardware.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
 
 
 def has_code(capability: tuple[int, int], built: list[str]) -> bool:

@@ -55,6 +55,7 @@ def join(config: Config) -> Iterator[World]:
     rank, size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
     device = devices.choose(config, local_rank)
+    devices.prepare(config, device)
     torch.set_num_threads(config.hardware.threads or max(1, machine.usable_cpus() // local_size))
     if config.distributed.interface:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = config.distributed.interface
@@ -113,6 +114,12 @@ def settle(world: World) -> None:
         if time.monotonic() > end:
             raise RuntimeError(f"Timed out waiting {world.timeout:.0f} s for the GPU, which waits for the other ranks")
         time.sleep(0.0005)
+
+
+def read(scalar: torch.Tensor, world: World) -> float:
+    """A scalar's value; raises RuntimeError as `settle` does."""
+    settle(world)
+    return scalar.item()
 
 
 def check_size(config: Config) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+BAR_EVERY = 0.25  # seconds between two looks at a bar
+
 
 class Progress:
     """Shows one run's progress on stderr; `shown` is False on ranks that stay silent."""
@@ -20,10 +22,12 @@ class Progress:
         if shown and sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, leave=False)
 
-    @property
-    def due(self) -> bool:
-        """Whether a line should be shown now."""
-        return self._shown and (self._bar is not None or time.monotonic() - self._last_time >= self._every)
+    def due(self, step: int) -> bool:
+        """Whether something should be shown now that `step` steps are done: reading a loss waits for the GPU."""
+        every = self._every if self._bar is None else BAR_EVERY
+        return self._shown and (
+            time.monotonic() - self._last_time >= every or (step == self._steps and bool(self._bar))
+        )
 
     def step(self, step: int, epoch: float, loss: float, lr: float, images_per_second: float) -> None:
         """Show that `step` steps are done."""
@@ -31,8 +35,9 @@ class Progress:
         left = (now - self._start) / max(1, step - self._first) * (self._steps - step)
         self._last_time = now
         if self._bar is not None:
+            told = f"epoch {epoch:.2f} loss {loss:.3f} {images_per_second:,.0f} img/s"
+            self._bar.set_postfix_str(told, refresh=False)
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(f"epoch {epoch:.2f} loss {loss:.3f} {images_per_second:,.0f} img/s")
         elif self._shown:
             self.write(
                 f"step {step}/{self._steps} epoch {epoch:.2f} loss {loss:.4f} lr {lr:.4f} "

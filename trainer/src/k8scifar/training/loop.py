@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from k8scifar.data.prepare import require
 from k8scifar.errors import PREEMPTED
 from k8scifar.ranks.agree import Agreement
 from k8scifar.ranks.device import autocast
-from k8scifar.ranks.world import check_size, join
+from k8scifar.ranks.world import check_size, join, read
 from k8scifar.results.summary import describe
 from k8scifar.training import compiling, memory, optim
 from k8scifar.training.evaluation import Stopped
@@ -128,9 +129,10 @@ def train(session: Session, stop: threading.Event) -> None:
         clock.mark("between steps")
         heartbeat.touch()
 
-        session.display.step(state.step, step_loss, lr, inputs, clock.read)
-        if world.device.type == "cpu" or state.step % config.log.every_steps == 0:  # reading a GPU's loss waits for it
-            bad = not torch.isfinite(step_loss).item()
+        session.display.step(state.step, partial(read, step_loss, world), lr, inputs, clock.read)
+        state.note_loss(step_loss)
+        if world.device.type == "cpu" or state.step % config.log.every_steps == 0:  # reading a GPU's value waits for it
+            bad = read(state.first_bad, world) > 0
 
         # Agree with the other ranks: stop, save, or give up.
         agreed = agreement.end()

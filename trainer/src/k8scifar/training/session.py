@@ -132,7 +132,12 @@ class Session:
             raise self.not_finite(step)
 
     def not_finite(self, step: int) -> UserError:
-        """What to say of losses or weights that are not finite: step, learning rate, last good checkpoint."""
+        """What to say of losses or weights that are not finite: step, learning rate, last good checkpoint; collective.
+
+        `step` is when it was noticed; the first one that a rank remembers is told.
+        """
+        first = agree.gather(self.state.first_bad.view(1), self.world)
+        step = int(min(first[first > 0], default=step))
         files = checkpoint.listed(self.folder.checkpoints) if self.world.is_main else []
         good = f"the last good checkpoint is {files[0]}" if files else "there is no checkpoint before it"
         return UserError(

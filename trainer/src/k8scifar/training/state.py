@@ -37,6 +37,7 @@ class State:
     statistics: model.Statistics  # each rank's own running statistics
     sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
     exchange: exchange.AllReduce | None  # how the ranks combine what they learnt, once it is chosen
+    first_bad: torch.Tensor  # int64 []: the step of this rank's first loss that was not finite, 0: none
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
 
@@ -63,7 +64,19 @@ class State:
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         optimizer = optim.build(net, config)
         scaler = scaling.scaler(world.device, precision)
-        return cls(config, manifest, world, net, ddp, optimizer, scaler, statistics, sums, None)
+        return cls(
+            config,
+            manifest,
+            world,
+            net,
+            ddp,
+            optimizer,
+            scaler,
+            statistics,
+            sums,
+            None,
+            sums.new_zeros((), dtype=torch.int64),
+        )
 
     def communicate(self, mode: str, every: int) -> None:
         """Choose how the ranks communicate, before the first step and before `restore`; at most once.
@@ -77,6 +90,11 @@ class State:
             self.exchange = exchange.LocalSGD(*parts, every=every)
         else:
             self.exchange = exchange.KINDS[mode](*parts)
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Remember the step just done if its loss is the first that is not finite; nothing waits for a GPU here."""
+        is_first = ~torch.isfinite(loss) & (self.first_bad == 0)
+        self.first_bad = torch.where(is_first, self.step, self.first_bad)
 
     def local(self) -> torch.Tensor:
         """What differs between the ranks within an epoch, float64 [n]: running statistics and sums."""
