@@ -35,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. A mistake of the user's is one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if sys.platform == "win32":
+            raise UserError(
+                "K8sCIFAR does not run on Windows itself; run it in WSL2: type wsl --install, then work there"
+            )
         parser, module, run = _parser(argv[0] if argv else "")
         args = parser.parse_args(argv)
         return getattr(module, run)(args) if module else 0

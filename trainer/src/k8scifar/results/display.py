@@ -23,14 +23,18 @@ class Steps(Protocol):
     @property
     def steps_per_epoch(self) -> int: ...
 
+    def work(self, step: int) -> float: ...
+
 
 class Display:
-    """A run's progress line and curves; where it is not `shown`, nothing is."""
+    """A run's progress line and curves; where it is not `shown`, nothing is. `hint`: see Progress."""
 
-    def __init__(self, config: Config, manifest: Manifest, plan: Steps, first_step: int, shown: bool) -> None:
+    def __init__(
+        self, config: Config, manifest: Manifest, plan: Steps, first_step: int, shown: bool, hint: str = ""
+    ) -> None:
         self._config, self._manifest, self._plan = config, manifest, plan
         self._shown, self._first = shown, first_step
-        self._progress = Progress(plan.steps, first_step, config.log.every_seconds, shown)
+        self._progress = Progress(plan.steps, first_step, config.log.every_seconds, shown, plan.work, hint)
         self.write = self._progress.write
         self.board = Board(config.run_dir if shown and config.log.tensorboard else None, first_step, self.write)
         self.resume(first_step)
@@ -67,6 +71,8 @@ class Display:
             if curves_due:
                 self.board.step(step, loss(), lr, rate, seconds())
                 self._since, self._since_time = step, now
+        if is_first:
+            self._progress.begin(step)
         if is_first or step % self._plan.steps_per_epoch == 0:
             self.board.inputs(inputs, self._manifest, step)
 

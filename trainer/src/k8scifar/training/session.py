@@ -61,7 +61,7 @@ class Session:
         self.clock = StepClock(world.device, running=world.is_main)
         self.state.exchange.mark = self.clock.mark
         # Last what people see and what writes: nothing is shown or written of a run that could not be opened.
-        self.display = Display(config, manifest, self.plan, self.first_step, shown=world.is_main)
+        self.display = Display(config, manifest, self.plan, self.first_step, world.is_main, self._hint())
         self.display.text("configuration", config.to_yaml())
         self._writer = None
         if world.is_main:
@@ -88,6 +88,12 @@ class Session:
             f"{torch.get_num_threads()} thread(s) a rank, global batch {config.global_batch}, "
             f"{config.epochs} epochs of {self.plan.steps_per_epoch} steps{resumed}"
         )
+
+    def _hint(self) -> str:
+        """What to do where training takes long for want of bf16: most processors of before 2022, many later ones."""
+        if self.world.device.type != "cpu" or self.precision != "fp32" or self.config.epochs == 1:
+            return ""
+        return '; this processor has no bf16: for a quick look, make train NAME=look ARGS="--set epochs=1"'
 
     @property
     def wants_checkpoint(self) -> bool:
