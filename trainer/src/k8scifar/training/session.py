@@ -68,6 +68,7 @@ class Session:
             self._writer = checkpoint.Writer(self.folder.checkpoints, config.checkpoint.keep, self.display.write)
         self._spent = self.state.history[-1]["seconds"] if self.state.history else 0.0
         self._started = self._epoch_started = self._saved = time.monotonic()
+        self._drift_told = False
         self._stalled = 0.0  # seconds of this epoch that checkpoints have taken from the loop
         self.outcome: Outcome | None = None
         if world.size > 1:
@@ -111,8 +112,10 @@ class Session:
         begun, state = time.monotonic(), self.state
         settle(self.world)
         behind = torch.tensor([bool(self._writer and self._writer.behind)])
-        facts = agree.gather(torch.cat([state.sums.cpu(), state.weight_sum(), behind.double()]), self.world)
+        own = torch.cat([state.sums.cpu(), state.weight_sum(), state.digest(), behind.double()])
+        facts = agree.gather(own, self.world)
         self.check_finite(facts, state.step)
+        self._equalise(facts[:, -2])
         if facts[0, -1] and not must:
             self.display.write(f"checkpoint of step {state.step} left out: the volume is still busy with former ones")
         else:
@@ -121,6 +124,22 @@ class Session:
                 self._writer.save(payload, state.step, best_step(state.history))
         self._saved = time.monotonic()
         self._stalled += self._saved - begun
+
+    def _equalise(self, digests: torch.Tensor) -> None:
+        """Make the ranks' weights equal again where the digests say that they are not; collective.
+
+        Processors that round unlike (AVX2 beside none, ARM beside x86) take steps that differ in the last bits.
+        """
+        odd = [rank for rank, digest in enumerate(digests.tolist()) if digest != digests[0]]
+        if not odd:
+            return
+        self.state.equalise()
+        if not self._drift_told:
+            self._drift_told = True
+            self.display.write(
+                f"the weights of rank {', '.join(map(str, odd))} had drifted from rank 0's by step {self.state.step}: "
+                "their processors round differently; from here on they are made equal at each checkpoint and epoch"
+            )
 
     def step(self) -> None:
         """The optimiser's step; one whose gradients overflowed in fp16 is left out, and told. Raises UserError."""
@@ -168,6 +187,7 @@ class Session:
         dist.all_reduce(sums)
         settle(self.world)
         self.check_finite(sums, step)
+        self._equalise(agree.gather(state.digest(), self.world).flatten())
         agree.average(state.statistics.running(), self.world)
         pixels = self.plan.pixels(step - 1)
         record: dict[str, Any] = {

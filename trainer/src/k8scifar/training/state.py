@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,6 +108,36 @@ class State:
         """Sum of all weights, float64 [1] on the CPU: not finite if any of them is not."""
         sums = [parameter.detach().double().sum() for parameter in self.net.parameters()]
         return torch.stack(sums).sum().view(1).cpu()
+
+    def shared(self) -> list[torch.Tensor]:
+        """What all ranks hold alike now: the weights and, where the ranks take equal steps, their momentum; float32."""
+        if not self.exchange.equal:
+            return []
+        weights = [weight.detach() for weight in self.net.parameters()]
+        if not self.exchange.equal_steps:
+            return weights
+        momenta = [self.optimizer.state.get(weight, {}).get("momentum_buffer") for weight in self.net.parameters()]
+        return weights + [momentum for momentum in momenta if momentum is not None]
+
+    def digest(self) -> torch.Tensor:
+        """A number that tells `shared` of one rank from that of another if a bit differs, float64 [1] on the CPU.
+
+        Sums of integers, which are exact in any order: unlike processors would add floats differently. Squares, so that
+        small differences do not cancel.
+        """
+        bits = [tensor.view(torch.int32) for tensor in self.shared()]
+        sums = [(values * values).sum(dtype=torch.int64) + 31 * values.sum(dtype=torch.int64) for values in bits]
+        total = torch.stack(sums).sum() if sums else self.first_bad.new_zeros(())
+        return (total % 2**52).double().view(1).cpu()
+
+    @torch.no_grad()
+    def equalise(self) -> None:
+        """Give all ranks what rank 0 holds of `shared`; collective."""
+        tensors = self.shared()
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        self.world.pulse.arrive()
+        dist.broadcast(flat, 0)
+        unflatten(flat, tensors)
 
     def snapshot(self, pixels: int) -> dict[str, Any]:
         """A checkpoint's values, copied to the CPU; collective: all ranks call it, rank 0 uses it.
