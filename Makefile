@@ -6,6 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= trainer/constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -31,7 +32,7 @@ help: ## print every task
 venv: $(READY) ## build the Python environment in .venv (all other tasks do so by themselves)
 
 # uv takes torch's CPU build where there is no NVIDIA GPU; a folder of wheels that pip is configured with comes first.
-$(READY): trainer/pyproject.toml trainer/constraints.txt
+$(READY): trainer/pyproject.toml $(CONSTRAINTS)
 	@echo "building $(VENV) (once; about a minute)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) must be Python 3.10 or newer; set PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; install python3-venv" >&2; exit 2; }
@@ -39,7 +40,7 @@ $(READY): trainer/pyproject.toml trainer/constraints.txt
 	@links=$$($(BIN)/python -m pip config get :env:.find-links 2>/dev/null || $(BIN)/python -m pip config get global.find-links 2>/dev/null || true); \
 	backend="--torch-backend=auto"; \
 	if ls $$links/torch-*.whl >/dev/null 2>&1; then export UV_FIND_LINKS="$$links"; backend=""; fi; \
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $$backend -c trainer/constraints.txt -e 'trainer[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $$backend -c $(CONSTRAINTS) -e 'trainer[dev]'
 	@touch $@
 
 clean: ## remove the environment and caches (data/ and runs/ stay)
@@ -163,6 +164,16 @@ image-test: ## build and smoke-test in a throw-away engine on a home-made base i
 test: $(READY) ## run the tests, two files at a time; TESTS=file picks some, ARGS go to pytest
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
+# What has to work with every torch that pyproject.toml allows, in an environment of its own: .venv-oldest, .venv-newest.
+CORE = $(addprefix trainer/tests/,test_train.py test_checkpoint.py test_comm.py test_launch.py test_launch_torchrun.py test_golden.py)
+TORCH ?= oldest
+
+test-versions: ## run the core tests with TORCH=oldest or newest of the torch releases that are allowed
+	@$(MAKE) test VENV=.venv-$(TORCH) CONSTRAINTS=trainer/constraints-$(TORCH).txt TESTS="$(CORE)"
+
+golden: $(READY) ## renew trainer/tests/golden.json, the losses of tiny trainings, and say what changed
+	@$(BIN)/python trainer/tests/golden.py
+
 chaos: $(READY) ## strike two-host trainings KILLS=20 times at random and compare the weights (root); SEED= repeats one
 	@$(BIN)/python trainer/tests/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
@@ -183,7 +194,7 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix trainer
 	@$(BIN)/ruff format trainer
 
-.PHONY: help venv clean train report evaluate tensorboard test chaos bench bench-gpu lint format \
+.PHONY: help venv clean train report evaluate tensorboard test test-versions golden chaos bench bench-gpu lint format \
 	up down status logs results tensorboard-cluster diagnose \
 	chart-lint template install uninstall schema chart-docs package \
 	image image-smoke push load sbom scan image-lock image-test
