@@ -181,8 +181,15 @@ bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data pi
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python trainer/benchmarks/bench.py $(BENCH_ROWS) --data "$(DATA_DIR)" $(ARGS)
 
-bench-gpu: $(READY) ## measure what needs a GPU; ROWS=gpu,flops picks some
+bench-gpu: $(READY) ## measure what needs a GPU, in ten minutes; ROWS=gpu,flops picks some
 	@$(MAKE) bench ARGS="--gpu $(ARGS)"
+
+GPU_MINUTES ?= 10
+
+gpu: $(READY) ## with a GPU, GPU_MINUTES=10 in all: the tests that need one, then the measurements, results kept
+	@until=$$(( $$(date +%s) + 60 * $(GPU_MINUTES) )); failed=0; \
+	$(MAKE) test TESTS=trainer/tests/test_gpu.py ARGS="-n 0" || failed=1; \
+	BENCH_UNTIL=$$until $(MAKE) bench-gpu || failed=1; exit $$failed
 
 lint: $(READY) ## check style and likely mistakes
 	@$(BIN)/ruff check trainer
@@ -194,7 +201,7 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix trainer
 	@$(BIN)/ruff format trainer
 
-.PHONY: help venv clean train report evaluate tensorboard test test-versions golden chaos bench bench-gpu lint format \
+.PHONY: help venv clean train report evaluate tensorboard test test-versions golden chaos bench bench-gpu gpu lint format \
 	up down status logs results tensorboard-cluster diagnose \
 	chart-lint template install uninstall schema chart-docs package \
 	image image-smoke push load sbom scan image-lock image-test

@@ -31,6 +31,11 @@ class Options:
     data: Path
     minutes: float  # of each contender in row `time`
     tiny: bool = False  # sizes that only show that a row works
+    until: float = float("inf")  # Unix time at which the rows that need a GPU should be done
+
+    def left(self) -> float:
+        """Seconds until then."""
+        return self.until - time.time()
 
 
 def machine() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 PATH = Path(__file__).with_name("golden.json")
 STEPS = 12
 TRAININGS = [(optimizer, precision) for optimizer in ("sgd", "muon") for precision in ("fp32", "bf16")]
-# Greatest relative difference of a step's loss between machines and releases of torch: rounding, amplified by the steps.
+# Greatest relative difference of a loss between machines and releases of torch: rounding, amplified by the steps.
 TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2}
 SETS = [
     "epochs=2", "global_batch=100", "micro_batch=50", "optimizer.lr=0.02", "optimizer.muon_lr=0.02",
