@@ -50,8 +50,13 @@ def config(tmp_path, *sets):
     return loading.load(sets=[f"runs_dir={tmp_path}", "name=run", *sets])
 
 
-def test_gloo_notices_a_lost_peer_before_nccl_and_nccl_before_its_monitor(gpus, tmp_path):
+def test_gloo_notices_a_lost_peer_before_nccl_and_nccl_before_its_monitor(gpus, tmp_path, monkeypatch):
     made = gpus()
+    with world.join(config(tmp_path)):
+        assert not (tmp_path / "run").exists(), "one rank waits for nobody"
+    made.groups.clear()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with world.join(config(tmp_path, "distributed.timeout_seconds=400")) as here:
         assert here.backend == "nccl"
         assert here.device == torch.device("cuda", 0)

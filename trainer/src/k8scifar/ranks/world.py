@@ -22,7 +22,7 @@ from k8scifar.config.schema import Config, check_world_size
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.ranks import device as devices
 from k8scifar.ranks import failures, nccl
-from k8scifar.ranks.pulse import Pulse, first_line
+from k8scifar.ranks.pulse import Pulse
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,15 @@ def join(config: Config) -> Iterator[World]:
     seconds = config.distributed.timeout_seconds
     timeout, on_gpu = timedelta(seconds=seconds), {}
     if backend == "nccl":
-        nccl.settle_environment(seconds, config.run_dir)
+        if size > 1:
+            nccl.settle_environment(seconds, config.run_dir)
         on_gpu = {"timeout": nccl.timeout(seconds), "device_id": device}
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
     try:
         dist.init_process_group(backend, **({"timeout": timeout} | on_gpu | alone))
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise failures.failure(error, size) or TrainingError(
-            f"rank {rank} of {size} could not join its peers: {first_line(error)}"
+            f"rank {rank} of {size} could not join its peers: {failures.told(error)}"
         ) from None
     pulse = Pulse(rank, size)
     try:

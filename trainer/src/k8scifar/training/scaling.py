@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from k8scifar.ranks.world import World, settle
 
@@ -16,7 +17,7 @@ def scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
     # GradScaler, whose finding of an overflow is summed over the ranks: under local SGD each has gradients of its own.
-    return ShardedGradScaler(device.type)
+    return ShardedGradScaler(device.type, process_group=dist.group.WORLD)
 
 
 def step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, world: World) -> float | None:

@@ -91,10 +91,11 @@ class Session:
         )
 
     def _hint(self) -> str:
-        """What to do where training takes long for want of bf16: most processors of before 2022, many later ones."""
+        """What to do where training takes long for want of bf16."""
         if self.world.device.type != "cpu" or self.precision != "fp32" or self.config.epochs == 1:
             return ""
-        return '; this processor has no bf16: for a quick look, make train NAME=look ARGS="--set epochs=1"'
+        ask = 'epochs=1 under another name (make train NAME=look ARGS="--set epochs=1")'
+        return f"; this processor has no bf16: for a quick look, {ask}"
 
     @property
     def wants_checkpoint(self) -> bool:
