@@ -21,8 +21,11 @@ def measured():
 @pytest.mark.parametrize("name", [".".join(training) for training in golden.TRAININGS])
 def test_losses_are_the_golden_ones(measured, name):
     kept = json.loads(golden.PATH.read_text())
-    assert set(kept["losses"]) == set(measured)
+    assert set(kept["losses"]) == {".".join(training) for training in golden.TRAININGS}
+    if name not in measured:
+        pytest.skip("this processor has no bf16")
     assert len(measured[name]) == golden.STEPS
+    assert kept["tolerance"] == golden.TOLERANCE
     assert measured[name] == pytest.approx(kept["losses"][name], rel=kept["tolerance"][name.partition(".")[2]])
 
 
