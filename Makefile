@@ -6,13 +6,14 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= trainer/constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # The choices a person makes: make train DATA=imagefolder:PATH RECIPE=demo NPROC=2 ARGS="--set epochs=1"
 DATA ?= auto
 RECIPE ?= demo
-NPROC ?= 2
+NPROC ?=
 DATA_DIR ?= data
 RUNS_DIR ?= runs
 NAME ?= $(RECIPE)
@@ -39,7 +40,7 @@ help: ## print every task
 venv: $(READY) ## build the Python environment in .venv (all other tasks do so by themselves)
 
 # uv takes torch's CPU build where there is no NVIDIA GPU; a folder of wheels that pip is configured with comes first.
-$(READY): trainer/pyproject.toml trainer/constraints.txt
+$(READY): trainer/pyproject.toml $(CONSTRAINTS)
 	@echo "building $(VENV) (once; about a minute)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) must be Python 3.10 or newer; set PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; install python3-venv" >&2; exit 2; }
@@ -47,7 +48,7 @@ $(READY): trainer/pyproject.toml trainer/constraints.txt
 	@links=$$($(BIN)/python -m pip config get :env:.find-links 2>/dev/null || $(BIN)/python -m pip config get global.find-links 2>/dev/null || true); \
 	backend="--torch-backend=auto"; \
 	if ls $$links/torch-*.whl >/dev/null 2>&1; then export UV_FIND_LINKS="$$links"; backend=""; fi; \
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $$backend -c trainer/constraints.txt -e 'trainer[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $$backend -c $(CONSTRAINTS) -e 'trainer[dev]'
 	@touch $@
 
 clean: ## remove the environment and caches (data/ and runs/ stay)
@@ -55,8 +56,8 @@ clean: ## remove the environment and caches (data/ and runs/ stay)
 	find trainer -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ##@ Training on this machine
-LAUNCH = --nproc-per-node $(NPROC) --recipe "$(RECIPE)" --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)" --name "$(NAME)"
-train: $(READY) ## train with DDP, NPROC=2 processes here; DATA=auto|cifar10|imagefolder:PATH|synthetic RECIPE=demo
+LAUNCH = $(if $(NPROC),--nproc-per-node $(NPROC)) --recipe "$(RECIPE)" --data-dir "$(DATA_DIR)" --runs-dir "$(RUNS_DIR)" --name "$(NAME)"
+train: $(READY) ## train with DDP, NPROC=processes here (its GPUs, else 2); DATA=auto|cifar10|imagefolder:PATH|synthetic RECIPE=demo
 	@$(BIN)/k8scifar launch --check $(LAUNCH) $(ARGS) # a mistake shows before the download
 	@$(FOREGROUND) $(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
 	@$(FOREGROUND) $(BIN)/k8scifar launch $(LAUNCH) $(ARGS)
@@ -173,6 +174,17 @@ image-test: ## build and smoke-test in a throw-away engine on a home-made base i
 test: $(READY) ## run the tests, two files at a time; TESTS=file picks some, ARGS go to pytest
 	@$(FOREGROUND) $(BIN)/python -m pytest -c trainer/pyproject.toml -n 2 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
+# What has to work with every torch that pyproject.toml allows, in an environment of its own: .venv-oldest, .venv-newest.
+CORE = $(addprefix trainer/tests/,training/test_train.py training/test_checkpoint.py ranks/test_comm.py launch/test_launch.py \
+	launch/test_launch_torchrun.py training/test_golden.py)
+TORCH ?= oldest
+
+test-versions: ## run the core tests with TORCH=oldest or newest of the torch releases that are allowed
+	@$(MAKE) test VENV=.venv-$(TORCH) CONSTRAINTS=trainer/constraints-$(TORCH).txt TESTS="$(CORE)"
+
+golden: $(READY) ## renew trainer/tests/training/golden.json, the losses of tiny trainings, and say what changed
+	@$(BIN)/python trainer/tests/training/golden.py
+
 chaos: $(READY) ## strike two-host trainings KILLS=20 times at random and compare the weights (root); SEED= repeats one
 	@$(FOREGROUND) $(BIN)/python trainer/tests/helpers/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
@@ -180,8 +192,15 @@ bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data pi
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python trainer/benchmarks/bench.py $(BENCH_ROWS) --data "$(DATA_DIR)" $(ARGS)
 
-bench-gpu: $(READY) ## measure what needs a GPU; ROWS=gpu,flops picks some
+bench-gpu: $(READY) ## measure what needs a GPU, in ten minutes; ROWS=gpu,flops picks some
 	@$(MAKE) bench ARGS="--gpu $(ARGS)"
+
+GPU_MINUTES ?= 10
+
+gpu: $(READY) ## with a GPU, GPU_MINUTES=10 in all: the tests that need one, then the measurements, results kept
+	@until=$$(( $$(date +%s) + 60 * $(GPU_MINUTES) )); failed=0; \
+	$(MAKE) test TESTS=trainer/tests/test_gpu.py ARGS="-n 0" || failed=1; \
+	BENCH_UNTIL=$$until $(MAKE) bench-gpu || failed=1; exit $$failed
 
 lint: $(READY) ## check style and likely mistakes
 	@$(BIN)/ruff check trainer
@@ -195,7 +214,7 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff format trainer
 	@$(BIN)/ruff format --config trainer/pyproject.toml image chart
 
-.PHONY: help venv clean train report evaluate tensorboard test chaos bench bench-gpu lint format \
+.PHONY: help venv clean train report evaluate tensorboard test test-versions golden chaos bench bench-gpu gpu lint format \
 	up down status logs results tensorboard-cluster diagnose \
 	chart-lint template install uninstall schema chart-docs package \
 	image image-smoke push load sbom scan image-lock image-test

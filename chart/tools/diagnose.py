@@ -198,6 +198,9 @@ def collect(release: Release, archive: Archive) -> None:
         ask("run/files.txt", *inside, "ls", "-laR", folder)
         ask("run/config.yaml", *inside, "cat", f"{folder}/config.yaml")
         ask("run/metrics.jsonl", *inside, "cat", f"{folder}/metrics.jsonl")
+        # What NCCL did last before a time-out (torch's flight recorder), a pickle a rank: binary, so as text.
+        each = 'cd "$0/nccl" 2>/dev/null && for file in *; do echo "$file"; base64 "$file"; done'
+        ask("run/nccl.txt", *inside, "sh", "-c", each, folder)
         ask("run/image.txt", *inside, "k8scifar", "--version")
 
 

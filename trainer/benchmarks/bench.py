@@ -17,7 +17,8 @@ from typing import Any
 
 from harness import HERE, CannotRun, Options, machine
 
-ROWS = ("step", "data", "scaling", "modes", "start", "time", "flops", "gpu")
+ROWS = ("step", "data", "scaling", "modes", "start", "time", "gpu", "flops")
+GPU_MINUTES = 10.0  # for the rows that need a GPU, unless BENCH_UNTIL is a Unix time
 LONG = ("time",)  # only when asked for by name
 
 
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that rows tidy up behind themselves
     if not args.table:
-        options = Options(args.data.resolve(), float(os.environ.get("BENCH_MINUTES") or 10), args.tiny)
+        until = float(os.environ.get("BENCH_UNTIL") or time.time() + 60 * GPU_MINUTES) if args.gpu else float("inf")
+        options = Options(args.data.resolve(), float(os.environ.get("BENCH_MINUTES") or 10), args.tiny, until)
         if not (args.data / "manifest.json").exists():
             parser.error(f"{args.data} holds no packed data set; run `k8scifar prepare` first, or give --data")
         for name in args.rows or [row for row in ROWS if row not in LONG and _needs_gpu(row) == args.gpu]:

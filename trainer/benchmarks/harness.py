@@ -31,6 +31,11 @@ class Options:
     data: Path
     minutes: float  # of each contender in row `time`
     tiny: bool = False  # sizes that only show that a row works
+    until: float = float("inf")  # Unix time at which the rows that need a GPU should be done
+
+    def left(self) -> float:
+        """Seconds until then."""
+        return self.until - time.time()
 
 
 def machine() -> dict[str, Any]:
@@ -38,12 +43,16 @@ def machine() -> dict[str, Any]:
     import torch
 
     import k8scifar
+    from k8scifar import machine as cpu
 
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        flag = "AVX512-BF16" if "avx512_bf16" in info.read_text() else "no AVX512-BF16"
+        features = cpu.cpu_features(info)
+        known = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16", "bf16": "ARM BF16", "avx512f": "AVX512"}
+        flag = next((text for name, text in known.items() if name in features), "AVX2" * ("avx2" in features))
+        flag = flag if cpu.has_bf16(features) else f"{flag or 'no AVX2'}, no bf16"
         name = f"{models[0] if models else name}, {os.cpu_count()} cores, {flag}"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {"k8scifar": k8scifar.__version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -107,12 +116,13 @@ def plain(options: Options, ranks: int, *arguments: str) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def peak(processes: int) -> float:
-    """bf16 matrix products of this many one-thread processes at once, FLOP/s of all together."""
-    text = """
+def peak(processes: int, precision: str) -> float:
+    """Matrix products in `bf16` or `fp32` of this many one-thread processes at once, FLOP/s of all together."""
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[precision]
+    text = f"""
 import time, torch
 torch.set_num_threads(1)
-a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
+a, b = (torch.randn(2048, 2048).to(torch.{dtype}) for _ in range(2))
 a @ b
 best = 1e9
 for _ in range(6):

@@ -1,4 +1,4 @@
-"""Step throughput, two ranks, against plain_ddp.py; and the fraction of the machine's own bf16 peak."""
+"""Step throughput, two ranks, against plain_ddp.py; and the fraction of the machine's peak at that precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measure(options: Options) -> dict:
         flops, precision = found["flops"], found["precision"]
         found = plain(options, 2, "--batch", str(batch), "--steps", str(plain_steps))
         theirs.append(found["batch"] / spread(found["steps"])["median"])
-        peaks.append(peak(2))
+        peaks.append(peak(2, precision))
     return {
         "ours": spread(ours),
         "plain": spread(theirs),
@@ -37,5 +37,5 @@ def lines(found: dict) -> list[tuple[str, str, str]]:
         ("images/s, two ranks, 32 pixels, 128 a rank, SGD, trainer", shown(found["ours"]), ""),
         ("images/s, plain_ddp.py", shown(found["plain"]), ""),
         ("ratio", shown(found["ratio"], "x"), "2.5x with AVX512-BF16, 1.3x without"),
-        (f"fraction of the measured bf16 matmul peak ({found['precision']})", shown(found["of_peak"]), "0.95"),
+        (f"fraction of the measured {found['precision']} matmul peak", shown(found["of_peak"]), "0.95"),
     ]

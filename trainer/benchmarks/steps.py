@@ -29,6 +29,9 @@ from k8scifar.training.session import Session  # noqa: E402
 IMPORTED = time.time()
 
 
+SETTLED = 100  # steps of a GPU left out of its rate: compiling, choosing algorithms
+
+
 class Enough(Exception):
     """As many steps as were asked for are done."""
 
@@ -50,6 +53,9 @@ class Watch:
 
     def step(self) -> None:
         """After each optimiser step."""
+        # A GPU's steps are queued: the two between which the rate is taken are waited for.
+        if self.session.world.device.type == "cuda" and len(self.ended) in (SETTLED, self.steps - 1):
+            torch.cuda.synchronize()
         self.ended.append(time.time())
         if self.every and (len(self.ended) % self.every == 0 or len(self.ended) == self.steps):
             self._evaluate()
@@ -63,7 +69,7 @@ class Watch:
     def _evaluate(self) -> None:
         spent = time.time() - self.began - self.left_out
         session = self.session
-        statistics = session.state.statistics()
+        statistics = session.state.statistics.running()
         kept = [tensor.clone() for tensor in statistics]
         agree.average(statistics, session.world)
         outcome = session.evaluate(session.plan.pixels(session.state.step - 1), False, lambda: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -55,3 +56,29 @@ def test_both_contenders_train(options):
     theirs = plain(options, 1, "--batch", "4", "--steps", "2", "--evaluate", "2", "--test-pictures", "10")
     assert len(theirs["steps"]) == 1
     assert 0 <= theirs["curve"][0][1] <= 1
+
+
+def test_rows_of_a_gpu_keep_to_their_time(options, monkeypatch):
+    """By stand-ins: two seconds an epoch, ten minutes in all."""
+    import row_flops
+    import torch
+
+    from k8scifar.config import loading
+
+    assert {name: loading.load(recipe_name=name).epochs for name in row_flops.AIMS} == row_flops.EPOCHS
+    now = [0.0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(row_flops.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(row_flops.time, "time", lambda: now[0])
+
+    def train(_, recipe):
+        now[0] += 2.0 * row_flops.EPOCHS[recipe]
+        keys = ("accuracy", "accuracy_tta", "training_flops", "seconds", "world_size")
+        return dict.fromkeys(keys, 1)
+
+    monkeypatch.setattr(row_flops, "_train", train)
+    found = row_flops.measure(dataclasses.replace(options, until=400.0))
+    assert list(found["recipes"]) == ["quick", "standard"]
+    assert found["left_out"] == {"best": "not run: needs about 4 min more; make gpu GPU_MINUTES=60"}
+    told = row_flops.lines(found)
+    assert [line[0] for line in told] == ["recipe quick, n = 1", "recipe standard, n = 1", "recipe best"]

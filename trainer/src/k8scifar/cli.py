@@ -39,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name of any script, whatever the terminal's encoding
     try:
+        if sys.platform == "win32":
+            raise UserError(
+                "K8sCIFAR does not run on Windows itself; run it in WSL2: type wsl --install, then work there"
+            )
         parser, module, run = _parser(argv[0] if argv else "")
         args = parser.parse_args(argv)
         return getattr(module, run)(args) if module else 0

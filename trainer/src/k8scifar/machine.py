@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 from k8scifar.errors import UserError
+
+# Prints how many GPUs the driver at argv[1] offers; nothing where there is no driver, 0 where it can't be used.
+ASK_DRIVER = """
+import ctypes, sys
+driver, count = ctypes.CDLL(sys.argv[1]), ctypes.c_int(0)
+print(count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0)
+"""
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -46,9 +58,56 @@ def check_interface(name: str, said_by: str, there: list[str] | None = None) -> 
         )
 
 
-def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
-    """NVIDIA GPUs this process may use: CUDA_VISIBLE_DEVICES where set, else the device files."""
-    if (chosen := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
-        names = [name.strip() for name in chosen.split(",")]
-        return names.index("-1") if "-1" in names else sum(bool(name) for name in names)
-    return sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in devices.glob("nvidia*"))
+def cpu_features(info: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What the processors can do, in Linux's words (x86: `flags`, ARM: `Features`); empty where there is no Linux."""
+    with contextlib.suppress(OSError):
+        found = re.findall(r"^(?:flags|Features)\s*:(.*)$", info.read_text(), re.MULTILINE)
+        return frozenset.intersection(*(frozenset(line.split()) for line in found)) if found else frozenset()
+    return frozenset()
+
+
+def has_bf16(features: frozenset[str]) -> bool:
+    """Whether processors multiply bf16 in hardware."""
+    return not features.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})  # the last is ARM's
+
+
+def usable_gpus(environment: Mapping[str, str]) -> int:
+    """GPUs that this process's torch can use: none where it is a CPU build."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        if metadata.version("torch").endswith("+cpu"):
+            return 0
+    return visible_gpus(environment)
+
+
+def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev"), driver: str = "libcuda.so.1") -> int:
+    """NVIDIA GPUs this process may use, without torch: what the driver says, else what there are files for.
+
+    Asked in a process of its own, for the driver keeps files and threads open. WSL2 has no file for each GPU, only
+    /dev/dxg.
+    """
+    names = [entry.name for entry in devices.glob("*")]
+    found = sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in names)
+    if found or "dxg" in names:
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+            command = [sys.executable, "-c", ASK_DRIVER, driver]
+            done = subprocess.run(command, env=dict(environment), capture_output=True, text=True, timeout=60)
+            return int(done.stdout)
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    return found if chosen is None else chosen_gpus(chosen, found)
+
+
+def chosen_gpus(chosen: str, there: int) -> int:
+    """How many GPUs CUDA_VISIBLE_DEVICES leaves of those there are: CUDA stops at the first that it can't read.
+
+    Args:
+        chosen: numbers, or unique ids (GPU-..., MIG-...; of MIG a process gets one).
+    """
+    names = [name.strip() for name in chosen.split(",")]
+    if names[0].startswith("MIG-"):
+        return min(1, there)
+    if names[0].startswith("GPU-"):
+        ids = list(itertools.takewhile(lambda name: name.startswith("GPU-"), names))
+        return min(len(set(ids)) if len(set(ids)) == len(ids) else 0, there)
+    numbers = [int(match[0]) if (match := re.match(r"\d+", name)) else -1 for name in names]
+    good = list(itertools.takewhile(lambda number: 0 <= number < there, numbers))
+    return len(good) if len(set(good)) == len(good) else 0

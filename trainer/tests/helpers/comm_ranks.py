@@ -16,10 +16,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from k8scifar.cli import main
-from k8scifar.ranks import choice
+from k8scifar.ranks import choice, device
+from k8scifar.ranks.device import Precision
 from k8scifar.ranks.exchange import LocalSGD
-from k8scifar.training import checkpoint
+from k8scifar.training import checkpoint, session
 from k8scifar.training.session import Session
 
 
@@ -63,6 +66,22 @@ def slow(measure):
     return wrapper
 
 
+def scaled(*_) -> Precision:
+    """In place of resolve_precision: loss scaling, without fp16's arithmetic, which takes a CPU minutes."""
+    return Precision("fp16")
+
+
+def overflowing(step):
+    """`step` of Session, under loss scaling with a gradient that has overflowed on one rank."""
+
+    def wrapper(session):
+        if session.precision == "fp16" and session.state.step == 1 and session.world.rank == 1:
+            next(session.state.net.parameters()).grad[0, 0, 0, 0] = torch.inf
+        step(session)
+
+    return wrapper
+
+
 def cut(source: Path, folder: Path, step: int) -> None:
     """Copy a run folder without its end."""
     shutil.copytree(source, folder)
@@ -78,6 +97,7 @@ def run(plan: Path, rank: str) -> int:
         if rank == "0" and training["cut"]:
             cut(Path(training["cut"]["from"]), Path(training["cut"]["to"]), training["cut"]["step"])
         os.environ["LOCAL_WORLD_SIZE"] = "1" if training["slow"] else os.environ["WORLD_SIZE"]
+        session.resolve_precision = scaled if training.get("scaled") else resolve_precision
         os.environ["MASTER_PORT"] = str(training["port"])
         if code := main(["train", *training["arguments"]]):
             return code
@@ -87,6 +107,9 @@ def run(plan: Path, rank: str) -> int:
 if __name__ == "__main__":
     HASHES = Path(sys.argv[1]).with_name(f"hashes.{os.environ['RANK']}")
     Session.finish_epoch, Session.complete = noted(Session.finish_epoch), noted(Session.complete)
+    resolve_precision = session.resolve_precision
+    device.DTYPES["fp16"] = torch.bfloat16
+    Session.step = overflowing(Session.step)
     choice.measure = slow(choice.measure)
     LocalSGD._average_movement = noted_when_averaged(LocalSGD._average_movement)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"

@@ -5,6 +5,7 @@ import ipaddress
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import pytest
 from patience import patient
-from runs import HELPERS
+from runs import HELPERS, REPOSITORY
 
 from k8scifar import machine
+from k8scifar.config import loading
 from k8scifar.errors import UserError
 from k8scifar.launch import command, kubernetes, processes, sockets
 from k8scifar.results import notes
@@ -474,13 +476,66 @@ def test_cores_follow_the_containers_limit(tmp_path):
 
 
 def test_gpus_are_counted_without_torch(tmp_path):
-    assert machine.visible_gpus({}, tmp_path) == 0
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+    def count(**environment):
+        return machine.visible_gpus(environment, tmp_path, "no-driver.so")
+
+    assert count() == 0
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    assert machine.visible_gpus({}, tmp_path) == 2
-    assert machine.visible_gpus({"CUDA_VISIBLE_DEVICES": "0,3,GPU-x"}, tmp_path) == 3
-    assert machine.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
-    assert machine.visible_gpus({"CUDA_VISIBLE_DEVICES": "1,-1,2"}, tmp_path) == 1
+    assert count() == 4
+    for chosen, wanted in {
+        "0,3": 2, "": 0, "1,-1,2": 1, "0,NoDevFiles": 1, "1,1": 0, "0,9,1": 1, " 2 , 3": 2, "none": 0,
+        "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,GPU-5": 2, "GPU-1,0": 1, "GPU-1,GPU-1": 0,
+        "MIG-GPU-8932f937/1/0,MIG-GPU-8932f937/2/0": 1, "MIG-c7384736-a75d-5afc-978f-d2f1294409fd": 1,
+    }.items():  # fmt: skip
+        assert count(CUDA_VISIBLE_DEVICES=chosen) == wanted, chosen
+
+
+def test_the_driver_is_asked_where_there_are_no_device_files(tmp_path):
+    """WSL2 has /dev/dxg alone."""
+    if not shutil.which("cc"):
+        pytest.skip("needs a C compiler, for a stand-in of the driver")
+    source, driver = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
+    source.write_text(
+        '#include <stdlib.h>\nint cuInit(int f) { return getenv("BROKEN") ? 999 : 0; }\n'
+        "int cuDeviceGetCount(int *n) { *n = 3; return 0; }\n"
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", driver, source], check=True)
+    devices = tmp_path / "dev"
+    devices.mkdir()
+    assert machine.visible_gpus({}, devices, str(driver)) == 0, "neither file"
+    (devices / "dxg").touch()
+    assert machine.visible_gpus({}, devices, str(driver)) == 3
+    assert machine.visible_gpus({"BROKEN": "1"}, devices, str(driver)) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nnodes", "sets", "wanted"),
+    [
+        (0, 1, [], 2),
+        (0, 2, [], 1),
+        (1, 1, [], 1),
+        (1, 2, [], 1),
+        (4, 1, ["micro_batch=50"], 1),  # 5 micro-batches
+        (4, 1, ["global_batch=1000"], 4),
+        (3, 1, [], 2),  # 2 micro-batches
+        (8, 1, ["hardware.device=cpu"], 2),
+        (0, 1, ["micro_batch=250"], 1),
+    ],
+)
+def test_processes_where_nobody_says_how_many(gpus, nnodes, sets, wanted, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "usable_gpus", lambda environment: gpus)
+    assert command.processes(loading.load(sets=sets), nnodes, {}) == wanted
+    used = gpus and "hardware.device=cpu" not in sets and wanted < gpus
+    assert (f"{wanted} of {gpus} GPUs are used" in capsys.readouterr().err) == bool(used)
+
+
+def test_make_train_leaves_the_number_of_processes_to_launch():
+    for given, wanted in (("", False), ("NPROC=3", True)):
+        command = ["make", "--dry-run", "train", *given.split()]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
+        assert ("--nproc-per-node 3" in said) == wanted
+        assert "--nproc-per-node" in said or not wanted
 
 
 def test_scaling_down_patches_one_scale(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def start(folder: Path, data: Path, trainings: list[dict], ranks: int = 2):
         if cut:
             cut = {"from": str(folder / cut), "to": str(folder / training["name"]), "step": CUT_AT}
         plan.append({"port": port, "arguments": [*paths, "--name", training["name"], *sets], "cut": cut})
-        plan[-1]["slow"] = training.get("slow", False)
+        plan[-1] |= {key: training.get(key, False) for key in ("slow", "scaled")}
     (folder / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return run([*command, str(HELPERS / "comm_ranks.py"), str(folder / "plan.json")], timeout=280)

@@ -178,12 +178,15 @@ class Distributed(_Section):
 class Hardware(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes the GPU where there is one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 autocast where every rank has it in hardware, else fp32."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """`auto`: bf16 autocast where every rank has it in hardware, fp16 with loss scaling on GPUs that have only that
+    (V100, T4), else fp32."""
     threads: int = Field(0, ge=0, le=1024)
     """Intra-op threads a rank; 0: the cores divided among the ranks of this machine."""
     compile: bool = False
     """Compile the network with torch.compile (pays on GPUs)."""
+    deterministic: bool = False
+    """On GPUs, use only algorithms that give the same bits each time, which costs speed; CPUs always do."""
 
 
 class Log(_Section):

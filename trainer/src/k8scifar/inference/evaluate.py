@@ -16,7 +16,8 @@ from k8scifar.data.packed import Manifest, read
 from k8scifar.data.prepare import require
 from k8scifar.errors import UserError
 from k8scifar.inference.trained import open_model
-from k8scifar.ranks.world import join, resolve_precision
+from k8scifar.ranks.device import resolve_precision
+from k8scifar.ranks.world import join
 from k8scifar.results.outcome import Outcome
 from k8scifar.results.summary import beside
 from k8scifar.training.evaluation import evaluate
@@ -67,7 +68,7 @@ def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outco
             pixels=trained.pixels,
             batch=config.evaluation.batch,
             tta=True,
-            precision=resolve_precision(config, world),
+            precision=resolve_precision(config, world.device, world.host_group).name,
         )
         return (outcome if world.is_main else None), manifest
 

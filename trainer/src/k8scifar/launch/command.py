@@ -6,15 +6,19 @@ import argparse
 import os
 import re
 import socket
+from collections.abc import Mapping
 
 from k8scifar import machine
 from k8scifar.config import loading
+from k8scifar.config.schema import Config
+from k8scifar.console import say
 from k8scifar.errors import UserError
 from k8scifar.launch import sockets
 from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.supervisor import Supervisor
 
 DEFAULT_PORT = 29500
+CPU_PROCESSES = 2  # on one machine: what this project is about
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("job")
     job.add_argument("--nnodes", type=_count, default=1, metavar="N", help="machines that train together (1)")
     job.add_argument(
-        "--nproc-per-node", type=_count, metavar="P", help="processes on each machine (its GPUs, or 1 without)"
+        "--nproc-per-node",
+        type=_count,
+        metavar="P",
+        help="processes on each machine (its GPUs; else 2 on one, 1 on several)",
     )
     job.add_argument("--node-rank", type=int, metavar="R", help="which machine this is, from 0 (in a pod: its index)")
     job.add_argument("--master-addr", metavar="NAME", help="host name or address of machine 0")
@@ -81,7 +88,7 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
         machine.check_interface(environment.get("GLOO_SOCKET_IFNAME", ""), "GLOO_SOCKET_IFNAME")
         if args.nnodes > 1 and not environment.get("GLOO_SOCKET_IFNAME"):
             _check_host_name(args.master_addr)
-    nproc = args.nproc_per_node or (machine.visible_gpus(environment) if config.hardware.device != "cpu" else 0) or 1
+    nproc = args.nproc_per_node or processes(config, args.nnodes, environment)
     args.sets = [*args.sets, f"distributed.world_size={args.nnodes * nproc}"]
     return NodeSpec(
         config=loading.from_arguments(args),
@@ -110,6 +117,21 @@ def _check_host_name(master: str) -> None:
             f"distributed.interface (in the chart train.distributed.interface) to the one that reaches them, of "
             f"{', '.join(machine.interfaces())}"
         )
+
+
+def processes(config: Config, nnodes: int, environment: Mapping[str, str]) -> int:
+    """Processes on this machine where nobody says how many: its GPUs; without, two alone, else one.
+
+    Fewer where the micro-batches could not be shared equally: on one machine that is for us to choose.
+    """
+    gpus = machine.usable_gpus(environment) if config.hardware.device != "cpu" else 0
+    if nnodes > 1:
+        return gpus or 1
+    wanted, micro_batches = gpus or CPU_PROCESSES, config.global_batch // config.micro_batch
+    count = next(count for count in range(wanted, 0, -1) if micro_batches % count == 0)
+    if count < gpus:
+        say(f"{count} of {gpus} GPUs are used: a global batch is {micro_batches} micro-batches; lower micro_batch")
+    return count
 
 
 def train_arguments(args: argparse.Namespace) -> list[str]:

@@ -1,7 +1,8 @@
 """Processes of this machine: starting, reaping and killing whole trees.
 
-Standard library only, so that a supervisor that is process 1 of a container stays small. It is complete on Linux;
-elsewhere the parts that need /proc or prctl do less and say so.
+Standard library only, so that a supervisor that is process 1 of a container stays small. It is complete on Linux. On
+macOS, which has neither /proc nor prctl, processes are listed by ps, a child looks after its parent itself (a second
+late), and a grandchild whose parent was killed is not adopted: it ends when it finds itself alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,10 +35,20 @@ def adopt_orphans() -> bool:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, whose id it was told, dies. Ends at once if it already has."""
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Have the kernel kill this process when its parent, whose id it was told, dies. Ends at once if it already has.
+
+    Where the kernel can't (macOS), a thread looks each second whether the parent is still there.
+    """
+    if not _prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
+        threading.Thread(target=_watch_parent, args=(os.getppid(),), name="parent", daemon=True).start()
     if parent and os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(128 + signal.SIGKILL)
 
 
 class Child:
@@ -101,18 +113,32 @@ def reap() -> list[tuple[int, int]]:
 
 
 def descendants(root: int) -> list[int]:
-    """Process ids of all living descendants of `root`; empty where there is no /proc."""
+    """Process ids of all living descendants of `root`."""
     children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
-        except (OSError, ValueError):
-            continue
-        if state not in "ZX":
-            children.setdefault(int(parent), []).append(int(entry.parent.name))
+    for pid, parent, state in _processes():
+        if state[:1] not in "ZX":
+            children.setdefault(parent, []).append(pid)
     found, queue = [], [root]
     while queue:
         for pid in children.get(queue.pop(), []):
             found.append(pid)
             queue.append(pid)
+    return found
+
+
+def _processes(proc: Path = Path("/proc")) -> list[tuple[int, int, str]]:
+    """(id, parent's id, state) of every process of this machine: from /proc, or from ps where there is none (macOS)."""
+    found = []
+    for entry in proc.glob("[0-9]*/stat"):
+        try:
+            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue
+        found.append((int(entry.parent.name), int(parent), state))
+    if found:
+        return found
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        lister = subprocess.Popen(["ps", "-A", "-o", "pid=,ppid=,stat="], stdout=subprocess.PIPE, text=True)
+        rows = (line.split() for line in lister.communicate(timeout=10)[0].splitlines())
+        found = [(int(row[0]), int(row[1]), row[2]) for row in rows if len(row) >= 3 and int(row[0]) != lister.pid]
     return found

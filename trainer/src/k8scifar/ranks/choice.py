@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config.schema import Config
+from k8scifar.ranks.device import autocast
 from k8scifar.ranks.exchange import KINDS, SharesWork
 from k8scifar.ranks.world import World
 
@@ -115,7 +116,7 @@ def measure(
     buffers = [(buffer, buffer.clone()) for buffer in ddp.buffers()]
 
     def step(net: nn.Module) -> None:
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(world.device, precision):
             logits = net(inputs)
         F.cross_entropy(logits.float(), labels).backward()
 

@@ -33,6 +33,8 @@ class AllReduce:
     """The mean of the float32 gradients, bucket by bucket while the backward pass still runs: DDP's own way."""
 
     name = "allreduce"
+    equal = True  # whether all ranks hold equal weights now
+    equal_steps = True  # whether all ranks take equal steps, and so hold equal momenta
     shares_updates = True  # whether the ranks may divide the optimiser's work: two more bytes a weight and step
 
     def __init__(
@@ -228,13 +230,13 @@ class LocalSGD(AllReduce):
     """
 
     name = "local-sgd"
+    equal_steps = False
     shares_updates = False
 
     def __init__(self, *parts: Any, every: int) -> None:
         super().__init__(*parts)
         self._every = every
         self._anchors = [parameter.detach().clone() for parameter in self._parameters]  # the weights last agreed upon
-        self._equal = True  # whether all ranks hold equal weights now
 
     @property
     def model(self) -> nn.Module:
@@ -246,11 +248,11 @@ class LocalSGD(AllReduce):
 
     @torch.no_grad()
     def after_step(self, steps_in_epoch: int, epoch_ends: bool) -> None:
-        self._equal = epoch_ends or steps_in_epoch % self._every == 0
+        self.equal = epoch_ends or steps_in_epoch % self._every == 0
         if epoch_ends:
             self._average_weights()
             torch._foreach_copy_(self._anchors, self._parameters)
-        elif self._equal:
+        elif self.equal:
             self._average_movement()
 
     def _average_movement(self) -> None:
@@ -265,24 +267,24 @@ class LocalSGD(AllReduce):
         torch._foreach_copy_(self._parameters, self._anchors)
 
     def snapshot(self) -> dict[str, Any]:
-        return super().snapshot() | {"every": self._every, "equal": self._equal}
+        return super().snapshot() | {"every": self._every, "equal": self.equal}
 
     @torch.no_grad()
     def restore(self, saved: dict[str, Any]) -> bool:
-        self._equal = saved.get("equal", True)  # decides what _own lists
+        self.equal = saved.get("equal", True)  # decides what _own lists
         taken = super().restore(saved)
-        if self._equal or not taken:
+        if self.equal or not taken:
             torch._foreach_copy_(self._anchors, self._parameters)
-            self._equal = True
+            self.equal = True
         return taken
 
     def _shared(self) -> list[torch.Tensor]:
-        return [] if self._equal else self._anchors
+        return [] if self.equal else self._anchors
 
     def _own(self) -> list[torch.Tensor]:
         momenta = [self._optimizer.state[parameter].get("momentum_buffer") for parameter in self._parameters]
         own = [momentum for momentum in momenta if momentum is not None]
-        if not self._equal:
+        if not self.equal:
             own += self._parameters
         return own
 

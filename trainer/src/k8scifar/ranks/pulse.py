@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import threading
 import time
 from dataclasses import dataclass
 
 from k8scifar.ranks import store as stores
+from k8scifar.ranks.failures import told
 
 EVERY = 1.0  # seconds between two signs of life
 WATCH = 2.5  # seconds in which a living rank shows another
@@ -71,7 +71,7 @@ class Pulse:
 
         After a time-out this watches for WATCH seconds; after a broken connection it answers at once.
         """
-        what = first_line(error)
+        what = told(error)
         timed_out = "timed out" in what.lower() or "timeout" in what.lower()
         if not self._watched:
             return what
@@ -145,9 +145,3 @@ class Pulse:
             probe.connect(self._master)
             return probe.getsockname()[0]
         return "?"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, without gloo's source positions and advice, and torch's C++ stack."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[/\S+:\d+\] ", "", line).partition(". This is typically")[0]

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ import torch.distributed as dist
 
 from k8scifar import machine
 from k8scifar.config.schema import Config, check_world_size
-from k8scifar.errors import PeerLost, RankError, UserError
-from k8scifar.ranks.pulse import Pulse, first_line
-
-PEER_FAILURES = ("gloo", "nccl", "connection", "timed out", "timeout", "pair closure", "socket", "broken pipe")
+from k8scifar.errors import PeerLost, UserError
+from k8scifar.ranks import device as devices
+from k8scifar.ranks import failures, nccl
+from k8scifar.ranks.pulse import Pulse
 
 
 @dataclass(frozen=True)
@@ -55,28 +54,38 @@ def join(config: Config) -> Iterator[World]:
     """
     rank, size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
-    device = _device(config, local_rank)
+    device = devices.choose(config, local_rank)
+    devices.prepare(config, device)
     torch.set_num_threads(config.hardware.threads or max(1, machine.usable_cpus() // local_size))
     if config.distributed.interface:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = config.distributed.interface
     backend = config.distributed.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=config.distributed.timeout_seconds)
+    seconds = config.distributed.timeout_seconds
+    timeout, on_gpu = timedelta(seconds=seconds), {}
+    if backend == "nccl":
+        if size > 1:
+            nccl.settle_environment(seconds, config.run_dir)
+        on_gpu = {"timeout": nccl.timeout(seconds), "device_id": device}
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
     try:
-        dist.init_process_group(backend, timeout=timeout, **alone)
+        dist.init_process_group(backend, **({"timeout": timeout} | on_gpu | alone))
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise PeerLost(f"rank {rank} of {size} could not join its peers: {first_line(error)}") from None
+        raise failures.failure(error, size) or PeerLost(
+            f"rank {rank} of {size} could not join its peers: {failures.told(error)}"
+        ) from None
     pulse = Pulse(rank, size)
     try:
         group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
         yield World(rank, size, local_rank, local_size, device, backend, group, pulse, timeout.total_seconds())
     except RuntimeError as error:
-        if size == 1 or not is_peer_failure(error):
-            raise
         # The process group is left as it is: taking it down would wait for the peer that is lost.
-        raise PeerLost(f"rank {rank} gave up: {pulse.blame(error)}") from None
+        if failures.is_peer_failure(error, size):
+            raise PeerLost(f"rank {rank} gave up: {pulse.blame(error)}") from None
+        if known := failures.failure(error, size):
+            raise known from None
+        raise
     except BaseException:
         _part()
         raise
@@ -90,6 +99,28 @@ def _part() -> None:
     """Leave the process group. Its destructor holds the GIL and waits for a gloo thread that may want it."""
     time.sleep(0.1)  # so the threads of gloo get it first, to let go of their last collective's tensors
     dist.destroy_process_group()
+
+
+def settle(world: World) -> None:
+    """Wait for the GPU, before a value is read from it; on a CPU nothing.
+
+    A collective that a lost peer keeps from ending would hold the reader for good, beyond the time-out of its own
+    agreements. Raises RuntimeError after the world's time-out.
+    """
+    if world.device.type != "cuda" or world.size == 1:
+        return
+    done, end = torch.cuda.Event(), time.monotonic() + world.timeout
+    done.record()
+    while not done.query():
+        if time.monotonic() > end:
+            raise RuntimeError(f"Timed out waiting {world.timeout:.0f} s for the GPU, which waits for the other ranks")
+        time.sleep(0.0005)
+
+
+def read(scalar: torch.Tensor, world: World) -> float:
+    """A scalar's value; raises RuntimeError as `settle` does."""
+    settle(world)
+    return scalar.item()
 
 
 def check_size(config: Config) -> None:
@@ -106,49 +137,8 @@ def check_size(config: Config) -> None:
         raise UserError(f"configuration: {error}") from None
 
 
-def resolve_precision(config: Config, world: World) -> str:
-    """`bf16` or `fp32`; `auto` is bf16 where every rank has it in hardware."""
-    if config.hardware.precision != "auto":
-        return config.hardware.precision
-    able = torch.tensor([int(_has_bf16(world.device))])
-    dist.all_reduce(able, dist.ReduceOp.MIN, group=world.host_group)
-    return "bf16" if able.item() else "fp32"
-
-
-def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error means that a collective could not be finished: a peer died, fell silent or was cut off."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in PEER_FAILURES)
-
-
 def _integer(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise UserError(f"environment variable {name} is {text!r}, not a number; start the ranks with torchrun")
     return int(text)
-
-
-def _device(config: Config, local_rank: int) -> torch.device:
-    if config.hardware.device == "cpu" or (config.hardware.device == "auto" and not torch.cuda.is_available()):
-        if config.distributed.backend == "nccl":
-            raise UserError("distributed.backend=nccl needs GPUs, and this rank trains on the CPU; set it to auto")
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("hardware.device=cuda, but torch sees no GPU here; set hardware.device=cpu, or mend the driver")
-    if local_rank >= torch.cuda.device_count():
-        raise RankError(
-            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-            "lower --nproc-per-node, or set hardware.device=cpu"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere; older ones only emulate it
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
-        return "avx512_bf16" in flags or "amx_bf16" in flags
-    return False

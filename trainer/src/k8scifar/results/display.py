@@ -23,14 +23,18 @@ class Steps(Protocol):
     @property
     def steps_per_epoch(self) -> int: ...
 
+    def work(self, step: int) -> float: ...
+
 
 class Display:
-    """A run's progress line and curves; shows nothing unless `shown`."""
+    """A run's progress line and curves; shows nothing unless `shown`. `hint`: see Progress."""
 
-    def __init__(self, config: Config, manifest: Manifest, plan: Steps, first_step: int, shown: bool) -> None:
+    def __init__(
+        self, config: Config, manifest: Manifest, plan: Steps, first_step: int, shown: bool, hint: str = ""
+    ) -> None:
         self._config, self._manifest, self._plan = config, manifest, plan
         self._shown, self._first = shown, first_step
-        self._progress = Progress(plan.steps, first_step, config.log.every_seconds, shown)
+        self._progress = Progress(plan.steps, first_step, config.log.every_seconds, shown, plan.work, hint)
         self.write = self._progress.write
         self.board = Board(config.run_dir if shown and config.log.tensorboard else None, first_step, self.write)
         self.resume(first_step)
@@ -40,12 +44,17 @@ class Display:
         self._since, self._since_time = step, time.monotonic()
 
     def step(
-        self, step: int, loss: torch.Tensor, lr: float, inputs: torch.Tensor, seconds: Callable[[], dict[str, float]]
+        self,
+        step: int,
+        loss: Callable[[], float],
+        lr: float,
+        inputs: torch.Tensor,
+        seconds: Callable[[], dict[str, float]],
     ) -> None:
         """Show that `step` steps are done, where that is due.
 
         Args:
-            loss: of the step, on this rank; float64 scalar.
+            loss: reads the step's, on this rank, which a GPU may still be computing.
             inputs: the last micro-batch, [n, 3, height, width].
             seconds: tells where the time since the last point of the curves went.
         """
@@ -53,14 +62,17 @@ class Display:
             return
         is_first = step == self._first + 1
         curves_due = step % self._config.log.every_steps == 0 or is_first
-        if self._progress.due or curves_due:
+        line_due = self._progress.due(step)
+        if line_due or curves_due:
             now = time.monotonic()
             rate = (step - self._since) * self._config.global_batch / max(now - self._since_time, 1e-9)
-            if self._progress.due:
-                self._progress.step(step, step / self._plan.steps_per_epoch, loss.item(), lr, rate)
+            if line_due:
+                self._progress.step(step, step / self._plan.steps_per_epoch, loss(), lr, rate)
             if curves_due:
-                self.board.step(step, loss.item(), lr, rate, seconds())
+                self.board.step(step, loss(), lr, rate, seconds())
                 self._since, self._since_time = step, now
+        if is_first:
+            self._progress.begin(step)
         if is_first or step % self._plan.steps_per_epoch == 0:
             self.board.inputs(inputs, self._manifest, step)
 

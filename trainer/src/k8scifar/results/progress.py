@@ -4,41 +4,68 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
 
 from k8scifar.results.summary import beside
 
+BAR_EVERY = 0.25  # seconds between two looks at a bar
+ESTIMATE_AFTER = 3.0  # seconds of steps, the first left out, that tell how long the rest will take
+LONG = 900.0  # seconds, beyond which a shorter training is offered
+
 
 class Progress:
-    """Shows one run's progress on stderr; `shown` is False on ranks that stay silent."""
+    """Shows one run's progress on stderr; `shown` is False on ranks that stay silent.
 
-    def __init__(self, steps: int, first: int, every_seconds: float, shown: bool) -> None:
-        self._steps, self._every, self._shown = steps, every_seconds, shown
+    Args:
+        steps, first: of the whole run; done when this process starts.
+        every_seconds: between two lines where there is no terminal.
+        work: how much work the steps before one are, in any unit: what is left of it is the time that is left.
+        hint: follows the first estimate where that is long.
+    """
+
+    def __init__(
+        self, steps: int, first: int, every_seconds: float, shown: bool, work: Callable[[int], float], hint: str
+    ) -> None:
+        self._steps, self._every, self._shown, self._work, self._hint = steps, every_seconds, shown, work, hint
         self._start = self._last_time = time.monotonic()
-        self._first = first
+        self._first: int | None = None  # the step from which the speed is measured
+        self._estimated = False
         self._bar = None
         if shown and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, leave=False)
+            self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, leave=False, mininterval=0)
 
-    @property
-    def due(self) -> bool:
-        """Whether a line should be shown now."""
-        return self._shown and (self._bar is not None or time.monotonic() - self._last_time >= self._every)
+    def due(self, step: int) -> bool:
+        """Whether something should be shown now that `step` steps are done: reading a loss waits for the GPU."""
+        every = self._every if self._bar is None else BAR_EVERY
+        return self._shown and (
+            time.monotonic() - self._last_time >= every or (step == self._steps and bool(self._bar))
+        )
+
+    def begin(self, step: int) -> None:
+        """Measure the speed from here on: the first step is slower than the others."""
+        self._start, self._first = time.monotonic(), step
 
     def step(self, step: int, epoch: float, loss: float, lr: float, images_per_second: float) -> None:
         """Show that `step` steps are done."""
         now = time.monotonic()
-        left = (now - self._start) / max(1, step - self._first) * (self._steps - step)
+        done = 0.0 if self._first is None else self._work(step) - self._work(self._first)
+        left = (now - self._start) / done * (self._work(self._steps) - self._work(step)) if done else 0.0
         self._last_time = now
+        if not self._estimated and done and now - self._start >= ESTIMATE_AFTER and self._shown:
+            self._estimated = True
+            hint = self._hint if left > LONG else ""
+            self.write(f"about {_minutes(left)} to go at this machine's speed, evaluations apart{hint}")
         if self._bar is not None:
+            told = f"epoch {epoch:.2f} loss {loss:.3f} {images_per_second:,.0f} img/s"
+            self._bar.set_postfix_str(told, refresh=False)
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(f"epoch {epoch:.2f} loss {loss:.3f} {images_per_second:,.0f} img/s")
         elif self._shown:
             self.write(
                 f"step {step}/{self._steps} epoch {epoch:.2f} loss {loss:.4f} lr {lr:.4f} "
-                f"{images_per_second:,.0f} images/s, {_minutes(left)} left"
+                f"{images_per_second:,.0f} images/s" + (f", {_minutes(left)} left" if done else "")
             )
 
     def write(self, text: str) -> None:

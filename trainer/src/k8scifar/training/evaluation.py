@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from k8scifar.data.augment import Images
+from k8scifar.ranks.device import autocast
 from k8scifar.ranks.world import World
 from k8scifar.results.outcome import Outcome
 
@@ -73,7 +74,7 @@ def evaluate(
             at = places[first + world.rank]
             labels = images.labels[samples[at]]
             inputs = images.plain(samples[at], pixels)
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.inference_mode(), autocast(device, precision):
                 logits = net(inputs).float()
                 both = (logits + net(inputs.flip(3)).float()) / 2 if tta else None
             for metric in (plain, top5, each, confusion):

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from k8scifar.console import say
 from k8scifar.data.prepare import require
 from k8scifar.errors import PREEMPTED
 from k8scifar.ranks.agree import Agreement
-from k8scifar.ranks.world import check_size, join
+from k8scifar.ranks.device import autocast
+from k8scifar.ranks.world import check_size, join, read
 from k8scifar.results import ownership
 from k8scifar.results.summary import describe
-from k8scifar.training import memory, model, optim
+from k8scifar.training import compiling, memory, optim
 from k8scifar.training.evaluation import Stopped
 from k8scifar.training.plan import Plan
 from k8scifar.training.resume import find
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     manifest = require(Path(config.data.dir))
     plan = Plan(config, manifest.counts["train"])
     with join(config) as world:
+        compiling.check(config, world.device)
         finished, checkpoint = find(config, manifest, world)
         if finished:
             if world.is_main:
@@ -104,13 +107,15 @@ def train(session: Session, stop: threading.Event) -> None:
             inputs = images.augmented(samples, pixels, seed=config.seed, epoch=epoch, **dict(config.augment))
             labels = images.labels[samples]
             clock.mark("compute")
-            model.set_norm_momentum(state.norms, index, len(micro_batches))
             is_last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else state.ddp.no_sync():
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=session.precision == "bf16"):
+                with (
+                    state.statistics.momentum(index, len(micro_batches)),
+                    autocast(world.device, session.precision),
+                ):
                     logits = state.exchange.model(inputs)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-                (loss / len(micro_batches)).backward()
+                state.scaler.scale(loss / len(micro_batches)).backward()
             with torch.no_grad():
                 step_loss += loss / len(micro_batches)
                 state.sums[0] += loss * len(labels)
@@ -118,7 +123,7 @@ def train(session: Session, stop: threading.Event) -> None:
                 state.sums[2] += len(labels)
         state.exchange.after_backward()
         clock.mark("compute")
-        state.optimizer.step()
+        session.step()
         state.optimizer.zero_grad(set_to_none=False)  # the gradients are views into DDP's buckets
         state.step += 1
         clock.mark("communication")
@@ -126,9 +131,10 @@ def train(session: Session, stop: threading.Event) -> None:
         clock.mark("between steps")
         heartbeat.touch()
 
-        session.display.step(state.step, step_loss, lr, inputs, clock.read)
-        if world.device.type == "cpu" or state.step % config.log.every_steps == 0:  # reading a GPU's loss waits for it
-            bad = not torch.isfinite(step_loss).item()
+        session.display.step(state.step, partial(read, step_loss, world), lr, inputs, clock.read)
+        state.note_loss(step_loss)
+        if world.device.type == "cpu" or state.step % config.log.every_steps == 0:  # reading a GPU's value waits for it
+            bad = read(state.first_bad, world) > 0
 
         # Agree with the other ranks: stop, save, or give up.
         agreed = agreement.end()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -69,21 +71,51 @@ def norms(net: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def set_norm_momentum(layers: list[nn.BatchNorm2d], index: int, count: int) -> None:
-    """Make a step's `count` micro-batches on this rank count equally in the running statistics.
+def norm_momentum(index: int, count: int) -> float:
+    """The momentum under which a step's `count` micro-batches on this rank count equally in the running statistics.
 
     With m the momentum of a whole step and s_i a micro-batch's statistics (their variance unbiased), the micro-batches
     0..count-1 in turn leave R <- (1 - m) R + m mean(s_i), if micro-batch `index` takes the momentum
     m / (count - (count - 1 - index) m).
     This is linear in the statistics, so the mean over ranks of their running statistics is what one rank that had seen
-    all micro-batches would hold; `parallel.average` takes that mean at the end of each epoch. The running variance is
+    all micro-batches would hold; `agree.average` takes that mean at the end of each epoch. The running variance is
     so the mean of the micro-batches' variances, not the variance of the global batch.
     """
-    momentum = NORM_MOMENTUM / (count - (count - 1 - index) * NORM_MOMENTUM)
-    for layer in layers:
-        layer.momentum = momentum
+    return NORM_MOMENTUM / (count - (count - 1 - index) * NORM_MOMENTUM)
 
 
-def running_statistics(layers: list[nn.BatchNorm2d]) -> list[torch.Tensor]:
-    """The running means and variances, float32 [channels] each."""
-    return [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
+class Statistics:
+    """How the batch normalisations of a network follow the micro-batches; `momentum` is set around a forward pass.
+
+    Args:
+        layers: the batch normalisations.
+        constant: leave the layers' own momentum as it is, for a compiled network: the momentum is a constant of the
+            compiled graph, and each other value of it would be another graph. The layers then put a micro-batch's
+            statistics in the place of the running ones, and the two are joined here.
+    """
+
+    def __init__(self, layers: list[nn.BatchNorm2d], constant: bool = False) -> None:
+        self.layers, self._constant = layers, constant
+        if constant:
+            for layer in layers:
+                layer.momentum = 1.0
+
+    def running(self) -> list[torch.Tensor]:
+        """The running means and variances, float32 [channels] each."""
+        return [buffer for layer in self.layers for buffer in (layer.running_mean, layer.running_var)]
+
+    @contextlib.contextmanager
+    def momentum(self, index: int, count: int) -> Iterator[None]:
+        """Within it, a forward pass of micro-batch `index` of a step's `count` moves the running statistics."""
+        value = norm_momentum(index, count)
+        if not self._constant:
+            for layer in self.layers:
+                layer.momentum = value
+            yield
+            return
+        running = self.running()
+        before = torch._foreach_mul(running, 1.0 - value)
+        yield
+        with torch.no_grad():
+            torch._foreach_mul_(running, value)
+            torch._foreach_add_(running, before)

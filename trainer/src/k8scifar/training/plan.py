@@ -53,6 +53,14 @@ class Plan:
         done = step / self.steps
         return next((stage.pixels for stage in self.config.resolution if done < stage.until), self.last_pixels)
 
+    def work(self, step: int) -> float:
+        """How much work the steps before `step` are, to compare: a convolution's work goes with the images' area."""
+        done, begin = 0.0, 0.0
+        for stage in self.config.resolution:
+            end = min(float(step), stage.until * self.steps)
+            done, begin = done + max(0.0, end - begin) * stage.pixels**2, max(begin, end)
+        return done
+
     @property
     def last_pixels(self) -> int:
         """Height and width of the images at the end of training."""

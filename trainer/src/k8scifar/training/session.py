@@ -16,14 +16,15 @@ from k8scifar.data import packed
 from k8scifar.data.augment import Images
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.ranks import agree, choice
-from k8scifar.ranks.world import World, resolve_precision
+from k8scifar.ranks.device import resolve_precision
+from k8scifar.ranks.world import World, settle
 from k8scifar.results import report
 from k8scifar.results.display import Display
 from k8scifar.results.outcome import Outcome, mistakes
 from k8scifar.results.progress import epoch_line
 from k8scifar.results.run_folder import RunFolder
 from k8scifar.results.summary import describe
-from k8scifar.training import checkpoint, model
+from k8scifar.training import checkpoint, model, scaling
 from k8scifar.training.clock import StepClock
 from k8scifar.training.evaluation import evaluate
 from k8scifar.training.plan import Plan
@@ -42,14 +43,15 @@ class Session:
     ) -> None:
         self.config, self.manifest, self.world = config, manifest, world
         self.folder = RunFolder(config.run_dir)
-        self.precision = resolve_precision(config, world)
+        precision = resolve_precision(config, world.device, world.host_group)
+        self.precision = precision.name
         self.plan = plan
         self.splits = {name: packed.read(Path(config.data.dir), manifest, name) for name in packed.SPLITS}
         self.train_images = self._on_device("train", border=config.augment.translate)
         self.test_images = self._on_device("test")
         # Fresh weights, then the exchange, then the checkpoint: the mode is measured on a model that may still change,
         # and decides which of the checkpoint's tensors there are to be restored.
-        self.state = State.fresh(config, manifest, world, self.train_images)
+        self.state = State.fresh(config, manifest, world, self.train_images, self.precision)
         payload = checkpoint.decode(found, "the checkpoint") if found is not None else None
         why = self._choose_exchange(payload)
         changed = self.state.restore(payload) if payload else ""
@@ -58,13 +60,14 @@ class Session:
         self.clock = StepClock(world.device, running=world.is_main)
         self.state.exchange.mark = self.clock.mark
         # Last what people see and what writes: nothing is shown or written of a run that could not be opened.
-        self.display = Display(config, manifest, self.plan, self.first_step, shown=world.is_main)
+        self.display = Display(config, manifest, self.plan, self.first_step, world.is_main, self._hint())
         self.display.text("configuration", config.to_yaml())
         self._writer = None
         if world.is_main:
             self._writer = checkpoint.Writer(self.folder.checkpoints, config.checkpoint.keep, self.display.write)
         self._spent = self.state.history[-1]["seconds"] if self.state.history else 0.0
         self._started = self._epoch_started = self._saved = time.monotonic()
+        self._drift_told = False
         self._stalled = 0.0  # seconds of this epoch that checkpoints have taken from the loop
         self.outcome: Outcome | None = None
         if world.size > 1:
@@ -72,6 +75,8 @@ class Session:
         if changed:
             self.display.write(f"going on with other settings than the checkpoint's: {changed}")
         self.display.write(self.headline())
+        if precision.note:
+            self.display.write(precision.note)
 
     def headline(self) -> str:
         """One line that tells what is about to train."""
@@ -80,10 +85,18 @@ class Session:
         return (
             f"{config.name or config.recipe}: {config.model.name}, {model.parameters(self.state.net):,} parameters, "
             f"{self.manifest.counts['train']:,} + {self.manifest.counts['test']:,} images ({self.manifest.source}), "
-            f"world size {world.size}, {world.device.type} {self.precision}, {world.backend}, "
+            f"world size {world.size}, {world.device.type} {self.precision}"
+            f"{', compiled' * config.hardware.compile}, {world.backend}, "
             f"{torch.get_num_threads()} thread(s) a rank, global batch {config.global_batch}, "
             f"{config.epochs} epochs of {self.plan.steps_per_epoch} steps{resumed}"
         )
+
+    def _hint(self) -> str:
+        """What to do where training takes long for want of bf16."""
+        if self.world.device.type != "cpu" or self.precision != "fp32" or self.config.epochs == 1:
+            return ""
+        ask = 'epochs=1 under another name (make train NAME=look ARGS="--set epochs=1")'
+        return f"; this processor has no bf16: for a quick look, {ask}"
 
     @property
     def wants_checkpoint(self) -> bool:
@@ -99,9 +112,12 @@ class Session:
         A volume that is still busy with former ones makes it leave this one out, unless it `must` be written.
         """
         begun, state = time.monotonic(), self.state
+        settle(self.world)
         behind = torch.tensor([bool(self._writer and self._writer.behind)])
-        facts = agree.gather(torch.cat([state.sums.cpu(), state.weight_sum(), behind.double()]), self.world)
+        own = torch.cat([state.sums.cpu(), state.weight_sum(), state.digest(), behind.double()])
+        facts = agree.gather(own, self.world)
         self.check_finite(facts, state.step)
+        self._equalise(facts[:, -2])
         if facts[0, -1] and not must:
             self.display.write(f"checkpoint of step {state.step} left out: the volume is still busy with former ones")
         else:
@@ -111,13 +127,44 @@ class Session:
         self._saved = time.monotonic()
         self._stalled += self._saved - begun
 
+    def _equalise(self, digests: torch.Tensor) -> None:
+        """Make the ranks' weights equal again where the digests say that they are not; collective.
+
+        Processors that round unlike (AVX2 beside none, ARM beside x86) take steps that differ in the last bits.
+        """
+        odd = [rank for rank, digest in enumerate(digests.tolist()) if digest != digests[0]]
+        if not odd:
+            return
+        self.state.equalise()
+        if not self._drift_told:
+            self._drift_told = True
+            self.display.write(
+                f"the weights of rank {', '.join(map(str, odd))} had drifted from rank 0's by step {self.state.step}: "
+                "their processors round differently; from here on they are made equal at each checkpoint and epoch"
+            )
+
+    def step(self) -> None:
+        """The optimiser's step; one whose gradients overflowed in fp16 is left out, and told. Raises UserError."""
+        state = self.state
+        scale = scaling.step(state.scaler, state.optimizer, self.world)
+        if scale is None:
+            return
+        self.display.write(f"step {state.step + 1} left out: gradients beyond fp16; the loss scale is now {scale:g}")
+        if scale < scaling.LEAST:
+            raise self.not_finite(state.step)
+
     def check_finite(self, sums: torch.Tensor, step: int) -> None:
         """Raise UserError where sums over losses or weights are garbage."""
         if not torch.isfinite(sums).all():
             raise self.not_finite(step)
 
     def not_finite(self, step: int) -> UserError:
-        """What to say of losses or weights that are not finite: step, learning rate, last good checkpoint."""
+        """What to say of losses or weights that are not finite: step, learning rate, last good checkpoint; collective.
+
+        `step` is when it was noticed; the first one that a rank remembers is told.
+        """
+        first = agree.gather(self.state.first_bad.view(1), self.world)
+        step = int(min(first[first > 0], default=step))
         files = checkpoint.listed(self.folder.checkpoints) if self.world.is_main else []
         good = f"the last good checkpoint is {files[0]}" if files else "there is no checkpoint before it"
         return UserError(
@@ -140,8 +187,10 @@ class Session:
         seconds = time.monotonic() - self._epoch_started
         sums = state.sums.clone()
         dist.all_reduce(sums)
+        settle(self.world)
         self.check_finite(sums, step)
-        agree.average(state.statistics(), self.world)
+        self._equalise(agree.gather(state.digest(), self.world).flatten())
+        agree.average(state.statistics.running(), self.world)
         pixels = self.plan.pixels(step - 1)
         record: dict[str, Any] = {
             "epoch": epoch,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +19,7 @@ from k8scifar.ranks import exchange
 from k8scifar.ranks.agree import gather, unflatten
 from k8scifar.ranks.world import World
 from k8scifar.results.summary import with_todays_names
-from k8scifar.training import model, optim
+from k8scifar.training import compiling, model, optim, scaling
 
 WHITEN_FROM = 2000  # training images, evenly spaced, whose patches give the whitening filters
 
@@ -33,14 +34,16 @@ class State:
     net: nn.Module
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
-    norms: list[nn.BatchNorm2d]
+    scaler: torch.amp.GradScaler  # does nothing but in fp16
+    statistics: model.Statistics  # each rank's own running statistics
     sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
     exchange: exchange.AllReduce | None  # how the ranks combine what they learnt, once it is chosen
+    first_bad: torch.Tensor  # int64 []: the step of this rank's first loss that was not finite, 0: none
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
 
     @classmethod
-    def fresh(cls, config: Config, manifest: Manifest, world: World, images: Images) -> State:
+    def fresh(cls, config: Config, manifest: Manifest, world: World, images: Images, precision: str) -> State:
         """Step 0, the weights drawn from the seed; `images` are the training split's."""
         torch.manual_seed(config.seed)
         net = model.build(config.model, len(manifest.classes))
@@ -49,18 +52,32 @@ class State:
             sample = torch.arange(count, device=world.device) * len(images) // count
             model.whiten(net, images.plain(sample, config.resolution[0].pixels).cpu())
         net = net.to(world.device)
-        compiled = torch.compile(net) if config.hardware.compile else net
         ids = [world.device.index] if world.device.type == "cuda" else None
         with warnings.catch_warnings():  # newer torch wants a name that older ones lack
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             ddp = DistributedDataParallel(
-                compiled, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+                net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
             )
-        if not config.hardware.compile:
-            _settle_buckets(ddp, model.norms(net), world.device)
+        _settle_buckets(ddp, model.norms(net), world.device)
+        if config.hardware.compile:  # only now: the settling pass would be compiled as well
+            ddp.module = compiling.compiled(net, config)
+        statistics = model.Statistics(model.norms(net), constant=config.hardware.compile)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         optimizer = optim.build(net, config)
-        return cls(config, manifest, world, net, ddp, optimizer, model.norms(net), sums, None)
+        scaler = scaling.scaler(world.device, precision)
+        return cls(
+            config,
+            manifest,
+            world,
+            net,
+            ddp,
+            optimizer,
+            scaler,
+            statistics,
+            sums,
+            None,
+            sums.new_zeros((), dtype=torch.int64),
+        )
 
     def communicate(self, mode: str, every: int) -> None:
         """Choose how the ranks communicate, before the first step and before `restore`; at most once.
@@ -75,21 +92,52 @@ class State:
         else:
             self.exchange = exchange.KINDS[mode](*parts)
 
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Remember the step just done if its loss is the first that is not finite; nothing waits for a GPU here."""
+        is_first = ~torch.isfinite(loss) & (self.first_bad == 0)
+        self.first_bad = torch.where(is_first, self.step, self.first_bad)
+
     def local(self) -> torch.Tensor:
         """What differs between the ranks within an epoch, float64 [n]: running statistics and sums."""
-        return torch.cat([tensor.flatten().double() for tensor in [*self.statistics(), self.sums]])
-
-    def statistics(self) -> list[torch.Tensor]:
-        """Each rank's own running statistics."""
-        return model.running_statistics(self.norms)
+        return torch.cat([tensor.flatten().double() for tensor in [*self.statistics.running(), self.sums]])
 
     def _set_local(self, row: torch.Tensor) -> None:
-        unflatten(row, [*self.statistics(), self.sums])
+        unflatten(row, [*self.statistics.running(), self.sums])
 
     def weight_sum(self) -> torch.Tensor:
         """Sum of all weights, float64 [1] on the CPU: not finite if any of them is not."""
         sums = [parameter.detach().double().sum() for parameter in self.net.parameters()]
         return torch.stack(sums).sum().view(1).cpu()
+
+    def shared(self) -> list[torch.Tensor]:
+        """What all ranks hold alike now: the weights and, where the ranks take equal steps, their momentum; float32."""
+        if not self.exchange.equal:
+            return []
+        weights = [weight.detach() for weight in self.net.parameters()]
+        if not self.exchange.equal_steps:
+            return weights
+        momenta = [self.optimizer.state.get(weight, {}).get("momentum_buffer") for weight in self.net.parameters()]
+        return weights + [momentum for momentum in momenta if momentum is not None]
+
+    def digest(self) -> torch.Tensor:
+        """A number that tells `shared` of one rank from that of another if a bit differs, float64 [1] on the CPU.
+
+        Sums of integers, which are exact in any order: unlike processors would add floats differently. Squares, so that
+        small differences do not cancel.
+        """
+        bits = [tensor.view(torch.int32) for tensor in self.shared()]
+        sums = [(values * values).sum(dtype=torch.int64) + 31 * values.sum(dtype=torch.int64) for values in bits]
+        total = torch.stack(sums).sum() if sums else self.first_bad.new_zeros(())
+        return (total % 2**52).double().view(1).cpu()
+
+    @torch.no_grad()
+    def equalise(self) -> None:
+        """Give all ranks what rank 0 holds of `shared`; collective."""
+        tensors = self.shared()
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        self.world.pulse.arrive()
+        dist.broadcast(flat, 0)
+        unflatten(flat, tensors)
 
     def snapshot(self, pixels: int) -> dict[str, Any]:
         """A checkpoint's values, copied to the CPU; collective: all ranks call it, rank 0 uses it.
@@ -113,6 +161,7 @@ class State:
             "data": self.manifest.fingerprint,
             "model": weights,
             "optimizer": _to_cpu(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
             "local": local,
             "comm": communication,
             "history": [dict(record) for record in self.history],
@@ -124,6 +173,8 @@ class State:
         changed = check_resumable(self.config, payload, self.manifest)
         self.net.load_state_dict(payload["model"])
         self.optimizer.load_state_dict(payload["optimizer"])
+        if self.scaler.is_enabled() and payload.get("scaler"):
+            self.scaler.load_state_dict(payload["scaler"])
         if saved := payload.get("comm"):
             self.exchange.restore(saved)
         self.step, self.history = payload["step"], [with_todays_names(record) for record in payload["history"]]
@@ -153,7 +204,9 @@ def _settle_buckets(ddp: DistributedDataParallel, norms: list[nn.BatchNorm2d], d
     """A throwaway backward pass that leaves the weights and statistics as they are.
 
     DDP lays out its buckets anew after its first backward pass; with this one behind it, a resumed run sums the
-    gradients of its first step in the order in which the uninterrupted run does.
+    gradients of its first step in the order in which the uninterrupted run does. It is needed for more than that: with
+    `static_graph`, a first backward pass under `no_sync` (the first of several micro-batches) ends in an assertion of
+    the reducer, since it learns the graph in its first synchronised one.
     """
     for layer in norms:
         layer.momentum = 0.0
