@@ -140,9 +140,9 @@ def test_a_message_that_nobody_says_is_found():
 
 @functools.cache
 def what_the_code_says() -> tuple[str, ...]:
-    """Every text in the trainer, in the chart's refusals and its probes; what is filled in is …, without docstrings."""
+    """Every text in the trainer, in the chart's refusals, tools and probes; what is filled in is …, without docstrings."""
     said = []
-    for path in sorted((REPOSITORY / "trainer/src").rglob("*.py")):
+    for path in sorted([*(REPOSITORY / "trainer/src").rglob("*.py"), *(REPOSITORY / "chart/tools").glob("*.py")]):
         tree = ast.parse(path.read_text())
         docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         inside = {id(value) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for value in node.values}
@@ -153,6 +153,8 @@ def what_the_code_says() -> tuple[str, ...]:
                 said.append(node.value)
     refusals = "\n".join((REPOSITORY / f"chart/templates/{name}.tpl").read_text() for name in ("_validate", "_pod"))
     said += [re.sub(r"%[a-z]", "…", text) for text in re.findall(r"\"((?:[^\"\\]|\\.)*)\"", refusals)]
+    rules = (REPOSITORY / "chart/files/rules.yaml").read_text()
+    said += [text.replace("''", "'") for text in re.findall(r"^ +words: '(.*)'$", rules, re.M)]
     return tuple(" ".join(text.split()) for text in said)
 
 
