@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from chart_helpers import FILES, NFS, ROOT, container, layers, one, pods, render, run, trainer
+from chart_helpers import FILES, NFS, ROOT, component, container, layers, one, pods, render, run, trainer
 
 pytestmark = pytest.mark.helm
 BIN = Path(sys.executable).parent
@@ -249,3 +249,11 @@ def test_the_commands_of_the_notes_work_while_the_pods_still_initialise(tmp_path
     assert "maximum allowed concurrency" not in done["logs"].stderr
     deletes = [" ".join(command) for command in words if "delete" in command]
     assert deletes[0] == "kubectl -n lab delete pod cifar-0", "of a former revision that hangs"
+
+
+def test_whoever_reads_a_run_folder_knows_whose_it_must_be():
+    objects = render(*NFS, "--namespace=lab", release="mine")
+    deployment = component(objects, "Deployment", "tensorboard")
+    for pod in (component(objects, "Pod", "status"), deployment["spec"]["template"]):
+        (item,) = pod["spec"]["containers"]
+        assert {"name": "K8SCIFAR_RELEASE", "value": "lab/mine"} in item["env"]

@@ -140,7 +140,7 @@ def test_a_message_that_nobody_says_is_found():
 
 @functools.cache
 def what_the_code_says() -> tuple[str, ...]:
-    """Every text in the trainer, in the chart's refusals, tools and probes; what is filled in is …, without docstrings."""
+    """Every text in the trainer, in the chart's refusals, tools and probes; what is filled in is …, no docstrings."""
     said = []
     for path in sorted([*(REPOSITORY / "trainer/src").rglob("*.py"), *(REPOSITORY / "chart/tools").glob("*.py")]):
         tree = ast.parse(path.read_text())
