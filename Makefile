@@ -175,7 +175,7 @@ test: $(READY) ## run the tests, two files at a time; TESTS=file picks some, ARG
 	@$(FOREGROUND) $(BIN)/python -m pytest -c trainer/pyproject.toml -n 2 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
 # What has to work with every torch that pyproject.toml allows, in an environment of its own: .venv-oldest, .venv-newest.
-CORE = $(addprefix trainer/tests/,training/test_train.py training/test_checkpoint.py ranks/test_comm.py launch/test_launch.py \
+CORE = $(addprefix trainer/tests/,training/test_train.py training/test_checkpoint.py ranks/test_comm.py launch/test_launch.py launch/test_supervisor.py \
 	launch/test_launch_torchrun.py training/test_golden.py)
 TORCH ?= oldest
 
