@@ -57,7 +57,7 @@ class Stage(_Section):
 
 class Model(_Section):
     name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"] = "resnet18"
-    """torchvision's name of the network."""
+    """torchvision's name of the model."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """`cifar`: 3x3 convolution, stride 1, no max-pool (for 32-pixel images); `imagenet`: torchvision's own."""
     zero_init: bool = False
@@ -184,7 +184,7 @@ class Hardware(_Section):
     threads: int = Field(0, ge=0, le=1024)
     """Intra-op threads a rank; 0: the cores divided among the ranks of this machine."""
     compile: bool = False
-    """Compile the network with torch.compile (pays on GPUs)."""
+    """Compile the model with torch.compile (pays on GPUs)."""
     deterministic: bool = False
     """On GPUs, use only algorithms that give the same bits each time, which costs speed; CPUs always do."""
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-CHUNK = 64  # pictures that get their border together
+CHUNK = 64  # images that get their border together
 _MASK = 0xFFFFFFFF
 PLACE, CUT = 1, 2  # streams: mirror and shift, cutout
 
@@ -63,7 +63,7 @@ class Images:
         self._border = border
         padded = _with_border(images, border) if border else images
         self._wide = wide = padded.shape[1]
-        # Every row of every shifted picture is a view, at any byte: one gather of rows makes a batch.
+        # Every row of every shifted image is a view, at any byte: one gather of rows makes a batch.
         self._rows = padded.as_strided((padded.numel() - self.size * 3 + 1, self.size * 3), (1, 1))
         self._row_starts = torch.arange(self.size, device=images.device) * (wide * 3)
         self._mean = (255.0 * torch.tensor(mean)).to(images.device)
@@ -83,9 +83,9 @@ class Images:
         """Images mirrored, shifted (the border reflected) and cut out at random, then resized.
 
         Args:
-            samples: int64 [n], on the pictures' device.
+            samples: int64 [n], on the images' device.
             pixels: height and width of the result.
-            translate, cutout: pixels of the stored picture; translate is at most `border`.
+            translate, cutout: pixels of the stored image; translate is at most `border`.
 
         Returns:
             float32 [n, 3, pixels, pixels], channels last.
@@ -105,17 +105,17 @@ class Images:
         return self._finish(batch, pixels)
 
     def _crop(self, samples: torch.Tensor, y: torch.Tensor | int, x: torch.Tensor | int) -> torch.Tensor:
-        """uint8 [n, size, size * 3]: the samples from row y and column x of their bordered pictures on."""
+        """uint8 [n, size, size * 3]: the samples from row y and column x of their bordered images on."""
         first = ((samples * self._wide + y) * self._wide + x) * 3
         rows = first[:, None] + self._row_starts
         return self._rows.index_select(0, rows.flatten()).view(-1, self.size, self.size * 3)
 
     def _mirrored(self, batch: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-        """`batch`, the pictures where `which` is 1 mirrored."""
+        """`batch`, the images where `which` is 1 mirrored."""
         shape = (-1, self.size, self.size, 3)
         if batch.is_cuda:  # how many there are would have to be waited for
             return torch.where(which.bool()[:, None, None], batch.view(shape).flip(2).view_as(batch), batch)
-        order, count = which.argsort(stable=True), int(which.sum())  # gathers copy whole pictures, scatters bytes
+        order, count = which.argsort(stable=True), int(which.sum())  # gathers copy whole images, scatters bytes
         kept, turned = (batch.index_select(0, part) for part in order.split([len(order) - count, count]))
         turned = turned.view(shape).flip(2).view_as(turned)
         return torch.cat([kept, turned]).index_select(0, order.argsort())

@@ -16,7 +16,7 @@ from k8scifar.data.augment import scalar_hash
 
 @dataclass(frozen=True)
 class Order:
-    """The samples of a training run: `count` pictures in global batches of micro-batches."""
+    """The samples of a training run: `count` images in global batches of micro-batches."""
 
     count: int
     global_batch: int

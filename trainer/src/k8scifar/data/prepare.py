@@ -15,7 +15,7 @@ from k8scifar.files import locked, remove_temporary
 from k8scifar.urls import is_address, local, public
 
 NOTICE = (
-    "NOTICE: CIFAR-10 can't be downloaded here, so SYNTHETIC pictures are used instead.\n"
+    "NOTICE: CIFAR-10 can't be downloaded here, so SYNTHETIC images are used instead.\n"
     "NOTICE: the accuracy will NOT be CIFAR-10's; use --source cifar10, cifar10:PATH or "
     "imagefolder:PATH for the real thing."
 )

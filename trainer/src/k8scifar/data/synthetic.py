@@ -1,7 +1,7 @@
 """A procedural data set for machines without a network: learnable, deterministic, and not CIFAR-10.
 
 Ten classes of texture: five ring and five checker patterns of rising frequency, each at a random place, in two random
-colours, under noise. Mirroring and shifting a picture keeps its class.
+colours, under noise. Mirroring and shifting an image keeps its class.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import numpy as np
 
 from k8scifar.data.packed import Split
 
-FREQUENCIES = (1.5, 2.2, 3.0, 4.0, 5.2)  # periods a picture width; the highest survives 16 pixels
+FREQUENCIES = (1.5, 2.2, 3.0, 4.0, 5.2)  # periods an image width; the highest survives 16 pixels
 CLASSES = [f"{kind}-{frequency}" for kind in ("rings", "checks") for frequency in FREQUENCIES]
 PIXELS = 32
 
 
 def split(count: int, seed: int) -> Split:
-    """`count` pictures, uint8 [count, 32, 32, 3], and their labels int64 [count]; equal for equal arguments."""
+    """`count` images, uint8 [count, 32, 32, 3], and their labels int64 [count]; equal for equal arguments."""
     rng = np.random.Generator(np.random.PCG64(seed))
     labels = rng.permutation(np.arange(count, dtype=np.int64) % len(CLASSES))
     images = np.empty((count, PIXELS, PIXELS, 3), np.uint8)
@@ -36,5 +36,5 @@ def _paint(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     wave = np.where((labels < len(FREQUENCIES))[:, None, None], rings, checks)[..., None] * 0.5 + 0.5
     colours = rng.random((2, n, 1, 1, 3), np.float32)
     noise = rng.standard_normal((n, PIXELS, PIXELS, 3), np.float32) * 0.15
-    picture = colours[0] * wave + colours[1] * (1 - wave) + noise
-    return (np.clip(picture, 0, 1) * 255).astype(np.uint8)
+    image = colours[0] * wave + colours[1] * (1 - wave) + noise
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)

@@ -93,7 +93,7 @@ def has_code(capability: tuple[int, int], built: list[str]) -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A context in which a network computes in this precision."""
+    """A context in which a model computes in this precision."""
     return torch.autocast(device.type, DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES)
 
 

@@ -1,4 +1,4 @@
-"""torch.compile of the network: checked before it costs minutes, and one graph a resolution."""
+"""torch.compile of the model: checked before it costs minutes, and one graph a resolution."""
 
 from __future__ import annotations
 

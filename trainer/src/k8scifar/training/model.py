@@ -1,4 +1,4 @@
-"""The network: torchvision's ResNets with a stem for small images."""
+"""The model: torchvision's ResNets with a stem for small images."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ def norm_momentum(index: int, count: int) -> float:
 
 
 class Statistics:
-    """How the batch normalisations of a network follow the micro-batches; `momentum` is set around a forward pass.
+    """How the batch normalisations of a model follow the micro-batches; `momentum` is set around a forward pass.
 
     Args:
         layers: the batch normalisations.
-        constant: leave the layers' own momentum as it is, for a compiled network: the momentum is a constant of the
+        constant: leave the layers' own momentum as it is, for a compiled model: the momentum is a constant of the
             compiled graph, and each other value of it would be another graph. The layers then put a micro-batch's
             statistics in the place of the running ones, and the two are joined here.
     """

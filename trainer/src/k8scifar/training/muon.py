@@ -6,7 +6,7 @@ fixed norm, which batch normalisation behind them makes free of consequences. No
 is small and whose input are images.
 
 Sources: Jordan and others, Muon: An optimizer for hidden layers in neural networks (2024); for the fixed norm and its
-use in a network like this, Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU (2024), its variant with Muon.
+use in a model like this, Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU (2024), its variant with Muon.
 """
 
 from __future__ import annotations
