@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 # Tests mean the CPU, whatever the machine has; those marked `gpu` give their processes GPU_ENVIRONMENT.
-GPU_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+# Kept under another name, for xdist's workers find the former one hidden already.
+GPU_ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": os.environ.setdefault("K8SCIFAR_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 REPOSITORY = Path(__file__).resolve().parents[3]
