@@ -57,7 +57,7 @@ def alone(here, tiny_config, tiny_data, tmp_path):
         (["--set", "epochs=soon"], "epochs = 'soon'"),
         (["--set", "optimizer.lr=-0.1"], "optimizer.lr = -0.1"),
         (["--set", "distributed.world_size=2"], "WORLD_SIZE is 1, but distributed.world_size is 2"),
-        (["--set", "global_batch=2000", "--set", "micro_batch=100"], "more than the 600 training pictures"),
+        (["--set", "global_batch=2000", "--set", "micro_batch=100"], "more than the 600 training images"),
         (["--set", "hardware.device=cuda"], "no GPU"),
         (["--recipe", "fastest"], "recipe 'fastest' is unknown"),
         (["--config", "/nowhere/user.yaml"], "check the path"),
