@@ -22,7 +22,7 @@ SMALL = files(train=2, test=1)
 ONE = encoded(pixels(71))
 PACKERS = {
     "data.tar": tarred,
-    "data.tar.gz": lambda content: gzip.compress(tarred(content), 9, mtime=0, mtime=0),
+    "data.tar.gz": lambda content: gzip.compress(tarred(content), 9, mtime=0),
     "data.tar.bz2": lambda content: bz2.compress(tarred(content)),
     "data.tar.xz": lambda content: lzma.compress(tarred(content)),
     "data.zip": zipped,
