@@ -11,7 +11,17 @@ from pathlib import Path
 from k8scifar import machine
 from k8scifar.config.schema import Config
 
+WORKER = "k8scifar.launch.worker"
+HAS_SAFE_PATH = sys.version_info >= (3, 11)  # whether PYTHONSAFEPATH is heard
 COMPILED = os.path.join(tempfile.gettempdir(), "k8scifar-inductor")  # kept from attempt to attempt
+
+
+def run_module(name: str) -> list[str]:
+    """The command that runs a module of the package; the working folder's own modules shadow nothing."""
+    if HAS_SAFE_PATH:
+        return [sys.executable, "-m", name]
+    run = f"runpy.run_module('{name}', run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-u", "-c", f"import sys; sys.path.remove(''); import runpy; {run}"]
 
 
 @dataclass
@@ -50,7 +60,7 @@ class NodeSpec:
     def command(self, port: int) -> list[str]:
         """torchrun with its arguments, meeting the other nodes by static rendezvous at this port."""
         return [
-            sys.executable, "-m", "k8scifar.launch.agent",
+            *run_module("k8scifar.launch.agent"),
             f"--nnodes={self.nnodes}",
             f"--nproc-per-node={self.nproc_per_node}",
             f"--node-rank={self.node_rank}",
@@ -58,7 +68,8 @@ class NodeSpec:
             f"--master-port={port}",
             f"--rdzv-conf=timeout={max(1, round(self.wait))}",
             "--max-restarts=0",
-            "-m", "k8scifar.launch.worker", "train", *self.train_arguments,
+            *(("-m", WORKER) if HAS_SAFE_PATH else ("--no-python", *run_module(WORKER))),
+            "train", *self.train_arguments,
         ]  # fmt: skip
 
     def child_environment(self, scratch: Path) -> dict[str, str]:
