@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from chart_helpers import component
 from cluster_stage import TOOLS, everything_runs, installed
 
 pytestmark = pytest.mark.helm
@@ -139,7 +140,8 @@ def kept(rendered: list[dict], name: str, created: str, run: str) -> dict:
 
 def test_of_several_claims_the_one_in_use_else_the_newest_is_read(stage, rendered, run_folder):
     objects = installed(rendered)
-    (used,) = (item for item in objects if item["metadata"]["name"] == "cifar-checkpoints")
+    used = component(objects, "PersistentVolumeClaim", "checkpoints")
+    name = used["metadata"]["name"]
     used["metadata"]["creationTimestamp"] = "2026-01-02T00:00:00Z"
     old = kept(rendered, "cifar-checkpoints-0ld", "2026-01-01T00:00:00Z", "old")
     new = kept(rendered, "cifar-checkpoints-n3w", "2026-01-03T00:00:00Z", "cifar")
@@ -155,9 +157,9 @@ def test_of_several_claims_the_one_in_use_else_the_newest_is_read(stage, rendere
 
     stage.objects([old, *objects, new])
     claim, said = read()
-    assert claim == "cifar-checkpoints" and "reading cifar-checkpoints, in use; older ones were kept" in said
+    assert claim == name and f"reading {name}, in use; older ones were kept" in said
     told = stage.run("cluster", "status").stdout
-    assert "volume cifar-checkpoints: unknown, in use\n" in told
+    assert f"volume {name}: unknown, in use\n" in told
     assert "volume cifar-checkpoints-0ld: unknown, not in use, kept\n" in told
     stage.objects([old, new])  # after helm uninstall
     claim, said = read()

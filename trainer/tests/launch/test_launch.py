@@ -131,7 +131,7 @@ def test_a_rank_that_dies_of_a_signal_again_and_again_is_its_own_failure(tiny_co
     faults = {"PYTHONPATH": str(HELPERS / "faults"), "K8SCIFAR_FAULTS_DIR": str(tmp_path / "faults")}
     (tmp_path / "faults").mkdir()
     struck = "  ".join(["call:k8scifar.training.resume.find:kill"] * 9)
-    command = [PYTHON, "-m", "k8scifar", "launch", "--restart=always", f"--config={tiny_config}"]
+    command = [PYTHON, "-m", "k8scifar", "launch", "--restart=always", "--nproc-per-node=1", f"--config={tiny_config}"]
     command += [f"--data-dir={tiny_data}", f"--runs-dir={tmp_path}", "--name=dies"]
     done = subprocess.run(
         command, env=os.environ | faults | {"K8SCIFAR_FAULTS": struck}, capture_output=True, text=True, timeout=200

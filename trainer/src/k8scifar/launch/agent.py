@@ -92,8 +92,10 @@ def _meet(parsed: argparse.Namespace) -> None:
 
 
 def _code(failed) -> int:
-    rank, failure = failed.get_first_failure()  # the others were stopped by torchrun
-    if failure.exitcode < 0:
+    # Of the ranks that ended by themselves, one that died comes before one that only noticed it.
+    died = [(rank, failure) for rank, failure in failed.failures.items() if failure.exitcode < 0]
+    rank, failure = died[0] if died else failed.get_first_failure()
+    if died:
         number = -failure.exitcode
         hint = ": if nobody killed it, the machine was out of memory" if number == signal.SIGKILL else ""
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
