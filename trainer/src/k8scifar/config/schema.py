@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from k8scifar.urls import is_address, local, public
 
@@ -39,6 +39,7 @@ OWN = {
 RUN_NAME = r"^([A-Za-z0-9_-][A-Za-z0-9_.-]*)?$"
 SOURCE = r"^(auto|cifar10(:.+)?|synthetic(:[0-9]+:[0-9]+)?|imagefolder:.+)$"
 
+Folder = Annotated[str, AfterValidator(lambda path: str(local(path)))]  # ~ is the home folder
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -109,13 +110,8 @@ class Data(_Section):
     source: str = Field("auto", json_schema_extra={"pattern": SOURCE})
     """`auto`, `cifar10`, `cifar10:PATH` (its batches, downloaded already), `synthetic` or `imagefolder:PATH` (a folder,
     or a .tar, .tar.gz, .tar.bz2, .tar.xz or .zip of one); a PATH may be an address."""
-    dir: str = "data"
+    dir: Folder = "data"
     """Folder of the packed data set."""
-
-    @field_validator("dir")
-    @classmethod
-    def _at_home(cls, path: str) -> str:
-        return str(local(path))
 
     @field_validator("source")
     @classmethod
@@ -205,7 +201,7 @@ class Config(_Section):
     """Recipe that the other values start from: demo, quick, standard or best."""
     name: str = Field("", max_length=63, json_schema_extra={"pattern": RUN_NAME})
     """Name of the run, and of its folder; empty: the recipe's name."""
-    runs_dir: str = "runs"
+    runs_dir: Folder = "runs"
     """Folder of the run folders."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights, the order of the samples and the augmentation."""
@@ -231,11 +227,6 @@ class Config(_Section):
     distributed: Distributed = Field(default_factory=Distributed)
     hardware: Hardware = Field(default_factory=Hardware)
     log: Log = Field(default_factory=Log)
-
-    @field_validator("runs_dir")
-    @classmethod
-    def _at_home(cls, path: str) -> str:
-        return str(local(path))
 
     @field_validator("name")
     @classmethod

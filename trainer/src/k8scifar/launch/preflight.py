@@ -2,8 +2,8 @@
 
 Nothing here waits for another machine: that is the supervisor's part, in a container that is Ready meanwhile.
 
-Exit codes, one for each check: 12 the network interface, 13 /dev/shm, 14 the data set's volume
-can't be written, 15 the checkpoints' volume can't, 16 too little space, 17 the volume loses files.
+Exit codes, one for each check: 12 the network interface, 13 /dev/shm, 14 the data set's volume can't be written, 15 the
+checkpoints' volume can't, 16 too little space, 17 the volume loses files.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import socket
 import sys
 from pathlib import Path
 
-from k8scifar.files import sync_folder, write_atomically
+from k8scifar import machine
+from k8scifar.files import FULL, sync_folder, write_atomically
 from k8scifar.launch.termination import leave_message
 from k8scifar.urls import local
 
 INTERFACE, SHM, DATA_VOLUME, RUNS_VOLUME, SPACE, LOST = range(12, 18)
-FULL = (errno.ENOSPC, errno.EDQUOT)
 SMALL_SHM = 32  # MiB; container engines give 64 where nothing is asked for
 
 
@@ -58,12 +58,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_interface(name: str, interfaces: Path = Path("/sys/class/net")) -> None:
+def check_interface(name: str) -> None:
     """Raise Problem where the named interface is not there."""
-    if not name or not interfaces.is_dir():
-        return
-    there = sorted(entry.name for entry in interfaces.iterdir())
-    if name not in there:
+    there = machine.interfaces()
+    if name and there and name not in there:
         raise Problem(
             INTERFACE,
             f"there is no network interface {name}; set train.distributed.interface to one of {', '.join(there)}, "
