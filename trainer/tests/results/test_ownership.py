@@ -119,6 +119,7 @@ def test_two_trainings_of_one_name_one_is_refused_and_the_other_undisturbed(tiny
                 break
         second = run(cli_command("launch", *paths, "--set", "epochs=30", "--set", "seed=2"))
         assert second.returncode == 2
+        assert len(second.stderr.splitlines()) == 1, second.stderr
         (line,) = second.stderr.splitlines()
         assert "is being trained by process" in line and "NAME=" in line
         assert "seed: 0" in (tmp_path / "same" / "config.yaml").read_text()

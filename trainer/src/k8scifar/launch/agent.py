@@ -92,10 +92,16 @@ def _meet(parsed: argparse.Namespace) -> None:
 
 
 def _code(failed) -> int:
-    # Of the ranks that ended by themselves, one that died comes before one that only noticed it.
+    # Of the ranks that ended by themselves, one that died comes before one that only noticed it. A SIGTERM beside a
+    # rank's own failure is torchrun's, which stops the rest.
+    codes = {failure.exitcode for failure in failed.failures.values()}
+    if USER_MISTAKE in codes:
+        return USER_MISTAKE
+    stopped = {-signal.SIGTERM} if codes & {FAILED, CRASHED} else set()
     died = [(rank, failure) for rank, failure in failed.failures.items() if failure.exitcode < 0]
-    rank, failure = died[0] if died else failed.get_first_failure()
+    died = [(rank, failure) for rank, failure in died if failure.exitcode not in stopped]
     if died:
+        rank, failure = died[0]
         number = -failure.exitcode
         hint = ": if nobody killed it, the machine was out of memory" if number == signal.SIGKILL else ""
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
@@ -103,9 +109,8 @@ def _code(failed) -> int:
         print(f"k8scifar: {reason}", file=sys.stderr, flush=True)
         meeting.leave_reason(reason)
         return CRASHED
-    codes = {each.exitcode for each in failed.failures.values()}
-    if USER_MISTAKE in codes:
-        return USER_MISTAKE
+    if CRASHED in codes:
+        return CRASHED
     return PREEMPTED if codes == {PREEMPTED} else FAILED
 
 
