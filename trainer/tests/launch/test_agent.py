@@ -12,7 +12,7 @@ from k8scifar.launch import agent
 @pytest.mark.parametrize(
     ("codes", "expected", "told"),
     [
-        ([-signal.SIGTERM, USER_MISTAKE], USER_MISTAKE, ""),  # torchrun stops the rest, one of them too late to catch it
+        ([-signal.SIGTERM, USER_MISTAKE], USER_MISTAKE, ""),  # torchrun stops the rest
         ([-signal.SIGTERM, FAILED], FAILED, ""),
         ([-signal.SIGTERM, CRASHED], CRASHED, ""),
         ([-signal.SIGKILL, FAILED], CRASHED, "rank 0 died of SIGKILL"),

@@ -13,15 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from k8scifar.compat import import_torchvision
 from k8scifar.config.schema import Model
+from k8scifar.training import convolution
 
 NORM_MOMENTUM = 0.1  # of BatchNorm's running statistics, a step
 
 
-def build(config: Model, classes: int) -> nn.Module:
+def build(config: Model, classes: int, products: bool = True) -> nn.Module:
     """A torchvision ResNet with fresh weights, drawn from torch's global generator, channels last.
 
     With the `cifar` stem, resnet18 has 11,173,962 parameters for 10 classes and needs 0.555 GMAC for a 32-pixel
-    image. Source: He et al., Deep Residual Learning (2015), section 4.2, for the stem without pooling.
+    image; `products`: with convolution.py's form of its convolutions. Source: He et al., Deep Residual Learning (2015),
+    section 4.2, for the stem without pooling.
     """
     import_torchvision()
     from torchvision import models
@@ -31,6 +33,8 @@ def build(config: Model, classes: int) -> nn.Module:
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
+    if products:
+        convolution.fit(net)
     return net.to(memory_format=torch.channels_last)
 
 

@@ -46,7 +46,7 @@ class State:
     def fresh(cls, config: Config, manifest: Manifest, world: World, images: Images, precision: str) -> State:
         """Step 0, the weights drawn from the seed; `images` are the training split's."""
         torch.manual_seed(config.seed)
-        net = model.build(config.model, len(manifest.classes))
+        net = model.build(config.model, len(manifest.classes), config.hardware.products)
         if config.model.whiten:
             count = min(WHITEN_FROM, len(images))
             sample = torch.arange(count, device=world.device) * len(images) // count

@@ -1,0 +1,97 @@
+"""Convolutions as matrix products: torch's own results, and the same form for the same shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from k8scifar.config.schema import Model
+from k8scifar.training import convolution, model
+
+ALWAYS, NEVER = (0, 0), (10**9, 10**9)
+
+
+@pytest.fixture
+def forms(monkeypatch):
+    """Set from how many channels a pixel on products are taken, for every kind of precision."""
+    monkeypatch.setattr(convolution, "MEASURED", True)
+
+    def settle(form: tuple[int, int]) -> None:
+        monkeypatch.setattr(convolution, "FEW", dict.fromkeys(convolution.FEW, form))
+
+    return settle
+
+
+def results(layer: nn.Conv2d, images: torch.Tensor) -> list[torch.Tensor]:
+    """A layer's output, and the gradients of the images and the weights."""
+    out = layer(images)
+    torch.manual_seed(2)
+    return [out, *torch.autograd.grad(out, (images, layer.weight), torch.randn_like(out))]
+
+
+@pytest.mark.parametrize("form", [ALWAYS, (10**9, 0)], ids=["everywhere", "weights"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (2, 4), (3, 3), (5, 4), (7, 7)])
+def test_outputs_and_gradients_are_those_of_torch(forms, form, stride, size):
+    torch.manual_seed(1)
+    own = nn.Conv2d(6, 10, 3, stride, 1, bias=False).double().to(memory_format=torch.channels_last)
+    images = torch.randn(3, 6, *size, dtype=torch.double).to(memory_format=torch.channels_last).requires_grad_()
+    forms(form)
+    for mine, torchs in zip(results(convolution.Convolution(own), images), results(own, images), strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-12, atol=1e-12)
+        assert mine.stride() == torchs.stride()  # the gradients are views into DDP's buckets
+
+
+def test_in_bf16_both_forms_round_alike(forms):
+    """Each is as near to the float32 result as the other."""
+    torch.manual_seed(1)
+    own = nn.Conv2d(64, 128, 3, 1, 1, bias=False).to(memory_format=torch.channels_last)
+    mine = convolution.Convolution(own)
+    images = torch.randn(16, 64, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    exact = results(own, images)
+    forms(ALWAYS)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, torchs = results(mine, images), results(own, images)
+    for one, other, true in zip(rounded, torchs, exact, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - true).norm() < 1.5 * (other - true).norm() + 1e-6
+    assert not torch.equal(rounded[0], exact[0])
+
+
+def test_only_the_plain_3x3_convolutions_take_it_and_the_weights_stay():
+    torch.manual_seed(0)
+    fitted = model.build(Model(), 10)
+    torch.manual_seed(0)
+    plain = model.build(Model(), 10, products=False)
+    assert sum(isinstance(layer, convolution.Convolution) for layer in fitted.modules()) == 17
+    assert not any(isinstance(layer, convolution.Convolution) for layer in plain.modules())
+    kept = plain.state_dict()
+    assert list(fitted.state_dict()) == list(kept)
+    assert all(torch.equal(value, kept[name]) for name, value in fitted.state_dict().items())
+
+
+def test_the_form_depends_on_shape_and_precision_alone(forms, monkeypatch):
+    taken = []
+    patches = convolution.patches
+    monkeypatch.setattr(convolution, "MEASURED", True)
+    monkeypatch.setattr(convolution, "kind", lambda dtype: "fp32")
+    monkeypatch.setattr(convolution, "patches", lambda images, stride: taken.append(1) or patches(images, stride))
+    layer = convolution.Convolution(nn.Conv2d(8, 64, 3, 1, 1, bias=False))
+    for pixels, product in ((1, True), (2, False), (8, False)):  # 64, 16 and 1 channels a pixel, of 32 wanted
+        taken.clear()
+        layer(torch.randn(2, 8, pixels, pixels))
+        assert bool(taken) == product, pixels
+
+
+@pytest.mark.parametrize(
+    ("features", "most", "kind"),
+    [({"amx_bf16"}, "ALL", "amx"), ({"amx_bf16"}, "AVX512_CORE_BF16", "bf16"), ({"avx512_bf16"}, "ALL", "bf16")],
+)
+def test_what_the_processor_has_is_what_is_asked(monkeypatch, features, most, kind):
+    convolution._has_amx.cache_clear()
+    monkeypatch.setattr(convolution.machine, "cpu_features", lambda: frozenset(features))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert convolution.kind(torch.bfloat16) == kind
+    assert convolution.kind(torch.float32) == "fp32"
+    convolution._has_amx.cache_clear()
