@@ -67,8 +67,8 @@ class Group:
         self._config, self._data, self._arguments = config, data, arguments
         self._done = threading.Event()
 
-    def start(self, rank: int, data: Path | None = None, runs: Path | None = None) -> Pod:
-        """Start the pod of this rank, with volumes of its own if they are given."""
+    def start(self, rank: int, data: Path | None = None, runs: Path | None = None, **variables: str) -> Pod:
+        """Start the pod of this rank, with volumes and environment variables of its own if they are given."""
         data, runs = data or self._data, runs or self.folder / "runs"
         paths = [f"--config={self._config}", f"--data-dir={data}", f"--runs-dir={runs}"]
         command = [
@@ -84,6 +84,7 @@ class Group:
             "TMPDIR": str(own),
             "K8SCIFAR_TERMINATION_LOG": str(own / "termination-log"),
             "K8SCIFAR_HEARTBEAT": str(own / "heartbeat"),
+            **variables,
         }
         pod = Pod(self.machines[rank], command, environment, own / "log")
         self.pods.append(pod)

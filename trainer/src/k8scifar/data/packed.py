@@ -91,8 +91,13 @@ def write(folder: Path, source: str, classes: list[str], splits: dict[str, Split
     mean, std = statistics(splits["train"].images)
     counts = {split: len(splits[split]) for split in SPLITS}
     manifest = Manifest(source, classes, counts, splits["train"].images.shape[1], mean, std, files)
-    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    write_atomically(folder / MANIFEST, manifest_bytes(manifest))
     return manifest
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The content of its file."""
+    return json.dumps(asdict(manifest), indent=1).encode()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -102,11 +107,18 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(_content(path))
+        content = _content(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}; check the folder and its permissions") from None
+    return parse_manifest(content, path)
+
+
+def parse_manifest(content: bytes, path: Path | str) -> Manifest:
+    """The manifest in the content of a file. Raises Foreign where it is another program's, UserError if damaged."""
+    try:
+        values = json.loads(content)
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged; run `k8scifar prepare` again") from None
     if not isinstance(values, dict) or "format" not in values:
@@ -182,10 +194,10 @@ def damage(folder: Path, manifest: Manifest) -> str | None:
 
 
 def remove_strays(folder: Path, manifest: Manifest) -> None:
-    """Remove packed files of former data sets; the caller holds the lock."""
+    """Remove packed files of former data sets, and the beginnings of such; only for the one who alone writes here."""
     wanted = {entry["name"] for entry in manifest.files.values()}
     for split in SPLITS:
-        for path in folder.glob(f"{split}-*-*.npy"):
+        for path in [*folder.glob(f"{split}-*-*.npy"), *folder.glob(f".{split}-*-*.npy.part")]:
             if path.name not in wanted:
                 path.unlink(missing_ok=True)
 

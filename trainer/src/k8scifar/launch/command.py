@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     job.add_argument("--node-rank", type=int, metavar="R", help="which machine this is, from 0 (in a pod: its index)")
     job.add_argument("--master-addr", metavar="NAME", help="host name or address of machine 0")
+    job.add_argument(
+        "--storage",
+        choices=("shared", "local"),
+        help="whether all machines see the same folders, or each has its own (distributed.storage)",
+    )
     job.add_argument("--master-port", type=int, metavar="PORT", help=f"TCP port of machine 0 ({DEFAULT_PORT})")
     job.add_argument(
         "--restart", choices=("always", "never"), help="start again after a failure (always with several machines)"
@@ -81,6 +86,8 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
         raise UserError(f"--master-port {args.master_port} must be from 1 to 65535")
     if not args.wait > 0:
         raise UserError(f"--wait {args.wait:g} must be above 0 seconds")
+    if args.storage:
+        args.sets = [*args.sets, f"distributed.storage={args.storage}"]
     config = loading.from_arguments(args)
     if config.distributed.interface:
         machine.check_interface(config.distributed.interface, "distributed.interface")

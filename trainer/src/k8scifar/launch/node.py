@@ -54,8 +54,13 @@ class NodeSpec:
 
     @property
     def waits_for_data(self) -> bool:
-        """Whether another node prepares the data set that this one reads."""
-        return self.node_rank > 0 and self.restart
+        """Whether another node prepares the data set that this one reads in a folder which both see."""
+        return self.node_rank > 0 and self.restart and not self.own_folders
+
+    @property
+    def own_folders(self) -> bool:
+        """Whether this node's folders are its own, and other nodes have others."""
+        return self.nnodes > 1 and self.config.distributed.storage == "local"
 
     def command(self, port: int) -> list[str]:
         """torchrun with its arguments, meeting the other nodes by static rendezvous at this port."""

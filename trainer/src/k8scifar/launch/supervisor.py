@@ -8,6 +8,7 @@ reason, which the kubelet, the Job and people see.
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import signal
@@ -19,6 +20,7 @@ from k8scifar.console import say
 from k8scifar.errors import CRASHED, FAILED, PEER_LOST, PREEMPTED, USER_MISTAKE, UserError
 from k8scifar.heartbeat import Heartbeat
 from k8scifar.launch import kubernetes, processes, sockets
+from k8scifar.launch.door import Door
 from k8scifar.launch.needs import Need, needs
 from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.scratch import Scratch
@@ -46,6 +48,7 @@ class Supervisor:
         self._newest = ""  # checkpoint at the last failure
         self.heartbeat = Heartbeat(spec.environment.get("K8SCIFAR_HEARTBEAT"))
         self._next: dict[str, float] = {}
+        self._done = False
 
     def run(self) -> int:
         """Attempt after attempt until training is done, a person is needed, or a signal says stop."""
@@ -57,7 +60,7 @@ class Supervisor:
         attempts = 0
         while not self.signals:
             if self.spec.nnodes > 1 and self._is_finished():
-                return self._after_done()
+                return self._after_done(broken=attempts > 0)
             if not all(self._has(need) for need in needs(self.spec)):
                 say(f"k8scifar: error: {self.reason}")
                 if not self.spec.restart:
@@ -180,7 +183,8 @@ class Supervisor:
                 self._check_shared()
             if now - started_at < self.spec.first_step and self._due("heartbeat", 5):
                 self.heartbeat.touch_unless_others()
-            if not joined and self.spec.nnodes > 1 and self._due("finished", 5) and self._is_finished():
+            looks = not joined and not self._done and self.spec.nnodes > 1 and self._due("finished", 5)
+            if looks and self._is_finished():
                 return
             if not joined and now - begun > 20 and self._due("waiting", 30):
                 where = f"{self.spec.master_addr}:{self.spec.master_port}"
@@ -193,13 +197,15 @@ class Supervisor:
             place = notes.folder(self.spec.config.run_dir)
             say(
                 f"k8scifar: node 0 trains, but has left nothing in {place}: this node's checkpoints volume is another "
-                "one (a hostPath is not shared), so that it will not see the end of the training"
+                "one (a hostPath is not shared), so that it will not see the end of the training; give both the same "
+                "one, or start both with distributed.storage=local"
             )
 
     def _judge(self, code: int | None, scratch: Scratch) -> int:
         """The attempt's exit code, and its reason."""
         self.reason = self.reason or scratch.reason
-        if self.spec.nnodes > 1 and not scratch.exit_codes and not self.signals and self._is_finished():
+        seen = bool(scratch.exit_codes or self.signals or self._done)
+        if self.spec.nnodes > 1 and not seen and self._is_finished():
             return 0
         if scratch.all_done:
             return 0 if self._marked() else PEER_LOST
@@ -210,7 +216,7 @@ class Supervisor:
 
     def _marked(self) -> bool:
         """Whether rank 0's marker is there too; without it rank 0 will need this node again."""
-        if self.spec.node_rank == 0 or not self.spec.config.run_dir.is_dir():
+        if self.spec.node_rank == 0 or self.spec.own_folders or not self.spec.config.run_dir.is_dir():
             return True  # rank 0 has written it, or the run folder is on another machine
         end = time.monotonic() + 10  # a file shows late on another NFS client
         while not self.signals and time.monotonic() < end:
@@ -226,10 +232,15 @@ class Supervisor:
     def _is_finished(self) -> bool:
         return finished_summary(self.spec.config) is not None
 
-    def _after_done(self) -> int:
+    def _after_done(self, broken: bool = False) -> int:
+        """Hold, or end; `broken`: another node was lost at the very end, and may not know that the run is finished."""
         self._note("done")
         self._journal("done")
+        self._done = True
         if self.spec.when_done == "exit":
+            if broken and self.spec.own_folders:
+                say("k8scifar: training is done here; another node may still lack what it left: waiting for it")
+                self._hold(self.spec.wait)
             return 0
         if self.spec.when_done == "scale-down" and self.spec.node_rank == 0:
             name = self.spec.environment.get("K8SCIFAR_STATEFULSET", "")
@@ -241,10 +252,23 @@ class Supervisor:
             found.get("config_fingerprint", wanted) != wanted
         )
         say(f"k8scifar: training is done ({self.spec.config.run_dir}){other}; holding until the pod is stopped")
-        while not self.signals:
-            self.heartbeat.touch()
-            self._sleep(HOLD)
+        self._hold()
         return 0
+
+    def _hold(self, seconds: float | None = None) -> None:
+        """Wait until a signal, or for so long; a node with folders of its own helps one that lost what was in them."""
+        end = time.monotonic() + (seconds or math.inf)
+        with Door(self.spec) as door:
+            while not self.signals and time.monotonic() < end:
+                if self._due("held", HOLD):
+                    self.heartbeat.touch()
+                if self.spec.own_folders and door.somebody_waits():
+                    say("k8scifar: another node is not done yet: the ranks meet once more")
+                    code = self._attempt()
+                    self._journal("done")
+                    if code == 0 and seconds:
+                        return
+                self._sleep(1.0)
 
     def _stopped(self, code: int) -> int:
         if code in (0, PREEMPTED):
@@ -262,7 +286,8 @@ class Supervisor:
 
     def _journal(self, state: str, attempt: int = 0, reason: str = "") -> None:
         if self.spec.restart:  # somebody else will ask
-            notes.write(self.spec.config.run_dir, self.spec.node_rank, state, reason or self.reason, attempt)
+            alone = self.spec.own_folders
+            notes.write(self.spec.config.run_dir, self.spec.node_rank, state, reason or self.reason, attempt, alone)
 
     def _note(self, text: str) -> None:
         leave_message(text, self.spec.environment)

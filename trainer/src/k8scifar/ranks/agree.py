@@ -1,4 +1,4 @@
-"""How the ranks agree: they compare what they hold, rank 0 decides for all, means are taken, flags are raised."""
+"""How the ranks agree: they compare what they hold, tell what they found, means are taken, flags are raised."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from k8scifar import heartbeat
 from k8scifar.errors import PeersDiffer, TrainingError, UserError
 from k8scifar.ranks.world import World
 
-PATIENCE = 10  # time-outs that the ranks wait for what rank 0 alone does, as long as it says that it is at it
-BUSY, NOTHING = -2, -1  # lengths that announce no content
+PATIENCE = 10  # time-outs that the ranks wait for what one of them does, as long as it says that it is at it
 
 
 def meet(world: World, facts: dict[str, Any]) -> None:
@@ -70,66 +69,58 @@ def gather_json(value: Any, world: World) -> list[Any]:
     return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths, strict=True)]
 
 
-def from_rank_0(world: World, decide: Callable[[], bytes | None]) -> bytes | None:
-    """What `decide` returns on rank 0, on every rank; its UserError or TrainingError is raised on every rank alike.
+def each(world: World, work: Callable[[], Any] | None) -> list[Any]:
+    """What `work` returns on each rank (JSON), on all ranks; None of a rank that has no work. Collective.
 
-    It may take longer than a collective's time-out (slow storage): rank 0 tells the others that it is still at it, up
-    to PATIENCE time-outs.
+    A UserError or TrainingError of one rank is raised on every rank alike. The work may take longer than a
+    collective's time-out (slow storage): up to PATIENCE time-outs, while the ranks tell each other that they are at it.
     """
-    if not world.is_main:
-        while (length := _announced(world)) == BUSY:
-            heartbeat.touch()
-        content = _content(length, None, world)
-    else:
-        work = _in_thread(decide)
-        end = time.monotonic() + PATIENCE * world.timeout
-        while not wait([work], timeout=world.timeout / 4).done:
-            if time.monotonic() > end:
-                raise TrainingError(f"rank 0 is not done after {PATIENCE * world.timeout:.0f} s: does a volume hang?")
-            heartbeat.touch()
-            _announced(world, BUSY)
-        answer = work.result()
-        content = _content(_announced(world, NOTHING if answer is None else len(answer)), answer, world)
-    if content is None or content[:1] == b"+":
-        return content and content[1:]
-    raise (UserError if content[:1] == b"-" else TrainingError)(content[1:].decode())
+    job = _in_thread(work or (lambda: None))
+    end = time.monotonic() + PATIENCE * world.timeout
+    while True:
+        done = bool(wait([job], timeout=world.timeout / 4).done)
+        flags = gather(torch.tensor([done, time.monotonic() > end]), world)
+        heartbeat.touch()
+        if flags[:, 0].all():
+            break
+        if flags[:, 1].any():
+            slow = (~flags[:, 0]).nonzero()[0].item()
+            raise TrainingError(f"rank {slow} is not done after {PATIENCE * world.timeout:.0f} s: does a volume hang?")
+    answers = gather_json(job.result() | {"host": socket.gethostname()}, world)
+    for rank, answer in enumerate(answers):
+        for kind in (UserError, TrainingError):
+            if text := answer.get(kind.__name__):
+                raise kind(f"on {answer['host']}: {text}" if rank and answer["host"] != socket.gethostname() else text)
+    return [answer["value"] for answer in answers]
 
 
-def _in_thread(decide: Callable[[], bytes | None]) -> Future[bytes | None]:
-    """The bytes that tell all ranks what `decide` came to; in a thread that may hang in the kernel for good."""
-    work: Future[bytes | None] = Future()
+def _in_thread(work: Callable[[], Any]) -> Future[dict[str, Any]]:
+    """What `work` comes to, as JSON for all ranks; in a thread that may hang in the kernel for good."""
+    job: Future[dict[str, Any]] = Future()
 
     def run() -> None:
         try:
-            content = decide()
-            work.set_result(None if content is None else b"+" + content)
-        except UserError as error:
-            work.set_result(b"-" + str(error).encode())
-        except TrainingError as error:
-            work.set_result(b"!" + str(error).encode())
+            job.set_result({"value": work()})
+        except (UserError, TrainingError) as error:
+            kind = UserError if isinstance(error, UserError) else TrainingError
+            job.set_result({kind.__name__: str(error)})
         except BaseException as error:
-            work.set_exception(error)
+            job.set_exception(error)
 
-    threading.Thread(target=run, name="rank-0", daemon=True).start()
-    return work
+    threading.Thread(target=run, name="work", daemon=True).start()
+    return job
 
 
-def _announced(world: World, length: int = 0) -> int:
-    """Rank 0's `length` on every rank."""
-    number = torch.tensor([length])
+def broadcast(content: bytes, source: int, world: World) -> bytes:
+    """Rank `source`'s `content` on every rank; collective."""
+    length = torch.tensor([len(content)])
     world.pulse.arrive()
-    dist.broadcast(number, 0, group=world.host_group)
-    return int(number.item())
-
-
-def _content(length: int, content: bytes | None, world: World) -> bytes | None:
-    """Rank 0's `content`, of the announced length, on every rank."""
-    if length < 0:
-        return None
-    buffer = torch.empty(length, dtype=torch.uint8)
-    if content is not None:
+    dist.broadcast(length, source, group=world.host_group)
+    buffer = torch.empty(int(length.item()), dtype=torch.uint8)
+    if world.rank == source:
         buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    dist.broadcast(buffer, 0, group=world.host_group)
+    world.pulse.arrive()
+    dist.broadcast(buffer, source, group=world.host_group)
     return buffer.numpy().tobytes()
 
 

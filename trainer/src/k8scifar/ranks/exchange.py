@@ -7,7 +7,8 @@ ranks share, and in one row for each rank what is its own.
 """
 
 # No `from __future__ import annotations`: DistributedDataParallel reads a hook's annotations, not their text.
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config.schema import Config
-from k8scifar.ranks.agree import average, unflatten
+from k8scifar.ranks.agree import average, gather, unflatten
 from k8scifar.ranks.world import World
 
 
@@ -67,10 +68,22 @@ class AllReduce:
         """Called when `steps_in_epoch` optimiser steps of the epoch are done; collective."""
 
     def snapshot(self) -> dict[str, Any]:
-        """What a resumed run needs, on the CPU; collective, and whole on rank 0 only."""
+        """What a resumed run needs, on the CPU; collective, and whole on the ranks that keep checkpoints only."""
         own = self._own()
         rows = _collect(torch.cat([tensor.detach().flatten() for tensor in own]).cpu(), self._world) if own else None
         return {"mode": self.name, "shared": [tensor.cpu().clone() for tensor in self._shared()], "own": rows}
+
+    @contextlib.contextmanager
+    def as_rank_0(self, rows: torch.Tensor | None) -> Iterator[None]:
+        """Within, this rank holds what rank 0 does: `rows` are a snapshot's, of what is each rank's own."""
+        own = self._own()
+        if rows is None or self._world.is_main:
+            yield
+            return
+        mine = torch.cat([tensor.detach().flatten() for tensor in own])
+        unflatten(rows[0], own)
+        yield
+        unflatten(mine, own)
 
     @torch.no_grad()
     def restore(self, saved: dict[str, Any]) -> bool:
@@ -306,7 +319,9 @@ def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _collect(row: torch.Tensor, world: World) -> torch.Tensor:
-    """Every rank's `row` on rank 0, [world size, n]; on the others an empty tensor."""
+    """Every rank's `row` on the ranks that keep checkpoints, [world size, n]; on the others it may be empty."""
+    if world.own_folders:
+        return gather(row, world)
     rows = [torch.empty_like(row) for _ in range(world.size)] if world.is_main else None
     dist.gather(row, rows, group=world.host_group)
     return torch.stack(rows) if rows else torch.empty(0)

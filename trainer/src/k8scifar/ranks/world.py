@@ -38,11 +38,18 @@ class World:
     host_group: Any  # gloo group for host-side agreements; None: the default group is gloo
     pulse: Pulse
     timeout: float  # seconds that a collective waits for a silent rank
+    node: int = 0
+    own_folders: bool = False  # whether each node has a data folder and a runs folder of its own
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone writes."""
+        """Whether this is rank 0, which shows what happens, and where folders are shared alone writes."""
         return self.rank == 0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this rank writes a run folder: rank 0, and the first of each node that has folders of its own."""
+        return self.is_main or (self.own_folders and self.local_rank == 0)
 
 
 @contextlib.contextmanager
@@ -78,7 +85,8 @@ def join(config: Config) -> Iterator[World]:
     pulse = Pulse(rank, size)
     try:
         group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
-        yield World(rank, size, local_rank, local_size, device, backend, group, pulse, timeout.total_seconds())
+        here = {"node": node_of_this_rank(), "own_folders": config.distributed.storage == "local"}
+        yield World(rank, size, local_rank, local_size, device, backend, group, pulse, timeout.total_seconds(), **here)
     except RuntimeError as error:
         # The process group is left as it is: taking it down would wait for the peer that is lost.
         if failures.is_peer_failure(error, size):
@@ -135,6 +143,11 @@ def check_size(config: Config) -> None:
         check_world_size(config, size)
     except ValueError as error:
         raise UserError(f"configuration: {error}") from None
+
+
+def node_of_this_rank() -> int:
+    """Which node this process is on, from 0, as torchrun says. Raises UserError."""
+    return _integer("GROUP_RANK", 0)
 
 
 def _integer(name: str, default: int) -> int:

@@ -17,14 +17,18 @@ def folder(run_dir: Path) -> Path:
     return run_dir.parent / ".nodes" / run_dir.name
 
 
-def write(run_dir: Path, node: int, state: str, reason: str = "", attempt: int = 0) -> None:
-    """Note a node's state: waiting, training, failed, stopped or done. A failing volume must not end the training."""
+def write(run_dir: Path, node: int, state: str, reason: str = "", attempt: int = 0, alone: bool = False) -> None:
+    """Note a node's state: waiting, training, failed, stopped or done. A failing volume must not end the training.
+
+    `alone`: the other nodes have folders of their own, and leave their notes there.
+    """
     note = {
         "state": state,
         "reason": reason,
         "attempt": attempt,
         "time": time.time(),
         "pod": os.environ.get("POD_NAME", ""),
+        "alone": alone,
     }
     with contextlib.suppress(OSError):
         folder(run_dir).mkdir(parents=True, exist_ok=True)

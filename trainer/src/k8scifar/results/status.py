@@ -106,4 +106,6 @@ def describe(run_dir: Path, found: dict[str, Any], waited: float) -> str:
         if note.get("state") != state or (state == "waiting" and note.get("reason")):
             reason = f" ({note['reason']})" if note.get("reason") else ""
             lines.append(f"  node {node}: {note.get('state')}{reason}")
+        if note.get("alone"):
+            lines.append(f"  this is what node {node} knows: the others keep their notes in folders of their own")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import queue
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,10 +60,21 @@ def decode(content: bytes, path: Path | str) -> Payload:
 
 
 def encode(payload: Payload) -> bytes:
-    """A checkpoint's bytes."""
+    """A checkpoint's bytes: the same for the same values, on whatever node they were computed."""
     buffer = io.BytesIO()
-    torch.save(payload | {"format": FORMAT}, buffer)
+    torch.save(_interned(payload | {"format": FORMAT}), buffer)
     return buffer.getvalue()
+
+
+def _interned(tree: Any) -> Any:
+    """Nested values in which equal texts are one object: pickle writes a text that it meets again as a reference."""
+    if isinstance(tree, str):
+        return sys.intern(str(tree))
+    if isinstance(tree, dict):
+        return {_interned(key): _interned(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_interned(value) for value in tree]
+    return tuple(_interned(value) for value in tree) if type(tree) is tuple else tree
 
 
 def listed(folder: Path) -> list[Path]:
@@ -91,12 +103,22 @@ def newest_good(folder: Path) -> Iterator[tuple[Path, bytes | None, str]]:
         raise trouble
 
 
-def step_of(path: Path) -> int:
+def step_of(path: Path | str) -> int:
     """The step in a checkpoint's file name."""
-    match = _NAME.fullmatch(path.name)
+    match = _NAME.fullmatch(Path(path).name)
     if not match:
         raise UserError(f"{path} is not named like a checkpoint (step-<number>-<digest>.pt)")
     return int(match[1])
+
+
+def is_named(name: str) -> bool:
+    """Whether this is the name of a checkpoint file."""
+    return bool(_NAME.fullmatch(name))
+
+
+def file_name(step: int, content: bytes) -> str:
+    """The name of a checkpoint file."""
+    return f"step-{step:08d}-{_digest(content)}.pt"
 
 
 class Writer:
@@ -107,6 +129,7 @@ class Writer:
 
     def __init__(self, folder: Path, keep: int, warn) -> None:
         self._folder, self._keep, self._warn = folder, keep, warn
+        self.written = (0, 0)  # step and digest, as a number of 48 bits, of the newest that is safe
         self._jobs: queue.Queue[tuple[Payload, int, int | None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         self._thread.start()
@@ -136,8 +159,9 @@ class Writer:
             payload, step, best_step = job
             try:
                 content = encode(payload)
-                path = self._folder / f"step-{step:08d}-{_digest(content)}.pt"
+                path = self._folder / file_name(step, content)
                 files.write_atomically(path, content)
+                self.written = (step, int(_digest(content)[:12], 16))
             except Exception as error:  # whatever it is, the next one may be written
                 self._warn(f"{files.unwritten(f'checkpoint of step {step}', error)}; training goes on")
                 continue

@@ -7,7 +7,6 @@ import contextlib
 import signal
 import threading
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from k8scifar import heartbeat
 from k8scifar.config import loading
 from k8scifar.console import say
-from k8scifar.data.prepare import require
 from k8scifar.errors import PREEMPTED
 from k8scifar.ranks.agree import Agreement
 from k8scifar.ranks.device import autocast
@@ -28,6 +26,7 @@ from k8scifar.training.evaluation import Stopped
 from k8scifar.training.plan import Plan
 from k8scifar.training.resume import find
 from k8scifar.training.session import Session
+from k8scifar.training.supply import prepared, supply
 
 add_arguments = loading.add_arguments
 
@@ -41,13 +40,14 @@ def run(args: argparse.Namespace) -> int:
     config = loading.from_arguments(args)
     memory.keep()
     check_size(config)
-    manifest = require(Path(config.data.dir))
-    plan = Plan(config, manifest.counts["train"])
+    manifest = prepared(config)
     with join(config) as world:
         compiling.check(config, world.device)
+        manifest = supply(config, manifest, world)
+        plan = Plan(config, manifest.counts["train"])
         finished, checkpoint = find(config, manifest, world)
         if finished:
-            if world.is_main:
+            if world.keeps:
                 say(f"already finished: {describe(finished, config.run_dir)}")
             return 0
         session = Session(config, manifest, plan, world, checkpoint)

@@ -1,67 +1,162 @@
-"""Before a run is opened: the ranks meet, and rank 0 alone finds out where the run goes on from."""
+"""Before a run is opened: each rank that keeps a run folder looks into it, and all go on from the newest checkpoint."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
-from k8scifar import versions
+from k8scifar import files
 from k8scifar.config.schema import Config
 from k8scifar.console import say
 from k8scifar.data import packed
-from k8scifar.errors import TrainingError, UserError
-from k8scifar.files import TRANSIENT
-from k8scifar.ranks.agree import from_rank_0, meet
+from k8scifar.errors import PeerLost, TrainingError, UserError
+from k8scifar.ranks import agree, transfer
 from k8scifar.ranks.world import World
 from k8scifar.results import ownership
 from k8scifar.results.run_folder import RunFolder
+from k8scifar.results.summary import MARKER
+from k8scifar.results.weights import WEIGHTS
 from k8scifar.training import checkpoint
+
+HANDED_ON = ("config.yaml", "metrics.jsonl", WEIGHTS, "report.html")  # of a finished run, to a node that lacks it
 
 
 def find(config: Config, manifest: packed.Manifest, world: World) -> tuple[dict[str, Any] | None, bytes | None]:
-    """Meet the other ranks, then let rank 0 look at the run folder: (summary of a finished run, newest checkpoint).
+    """Where the run goes on from: (summary of a finished run, newest good checkpoint of any node).
 
-    Collective; the same on all ranks. Raises UserError where ranks differ or the folder can't be used.
+    Collective; the same on all ranks. What a node lacks of it is in its folder afterwards. Raises UserError where a
+    folder can't be used.
     """
-    meet(world, config.shared() | {"data": manifest.fingerprint} | _mathematics())
-    answer = from_rank_0(world, lambda: _look(RunFolder(config.run_dir), config, manifest))
-    if answer is not None and answer[:1] == b"S":
-        return json.loads(answer[1:]), None
-    return None, answer[1:] if answer is not None else None
+    folder, mine = RunFolder(config.run_dir), _Found()
+    seen = agree.each(world, (lambda: _look(folder, config, manifest, mine)) if world.keeps else None)
+    found = {rank: facts for rank, facts in enumerate(seen) if facts}
+    if finished := [rank for rank, facts in found.items() if facts["finished"]]:
+        summary = agree.broadcast(json.dumps(mine.summary).encode(), finished[0], world)
+        if len(finished) < len(found):
+            _hand_on(folder, finished, world)
+        return json.loads(summary), None
+    whole = {rank: facts["checkpoint"] for rank, facts in found.items() if facts["checkpoint"]}
+    if not whole:
+        _refuse(folder, list(found.values()))
+        _open(folder, config, world)
+        return None, None
+    step = max(map(checkpoint.step_of, whole.values()))
+    newest = {rank: name for rank, name in whole.items() if checkpoint.step_of(name) == step}
+    best = min(newest)
+    if len(set(newest.values())) > 1 and world.is_main:
+        told = ", ".join(f"{name} on the node of rank {rank}" for rank, name in newest.items())
+        say(f"the nodes have drifted apart by step {step}: {told}; going on from rank {best}'s")
+    content = agree.broadcast(mine.content, best, world)
+    _open(folder, config, world, whole[best], content, best)
+    return None, content
 
 
-def _mathematics() -> dict[str, str]:
-    """Versions that all ranks must have alike."""
-    return {name: version for name, version in versions.versions().items() if name in ("k8scifar", "code", "torch")}
+class _Found:
+    """What a rank found in its run folder."""
+
+    summary: dict[str, Any] | None = None
+    content = b""  # of the newest good checkpoint
 
 
-def _look(folder: RunFolder, config: Config, manifest: packed.Manifest) -> bytes | None:
-    """Rank 0's part of `find`: b"S" + a summary, b"C" + a checkpoint, or None for a fresh run."""
+def _look(folder: RunFolder, config: Config, manifest: packed.Manifest, mine: _Found) -> dict[str, Any]:
+    """One rank's part of `find`, which changes nothing: what is in its folder, in a few words."""
+    facts: dict[str, Any] = {"finished": False, "checkpoint": "", "damaged": False}
     try:
         ownership.check_owner(folder.path, config.checkpoint.adopt)
-        summary = folder.summary()
-        if summary and folder.is_finished(summary, config, manifest):
-            return b"S" + json.dumps(summary).encode()
+        mine.summary = folder.summary()
+        facts["summary"] = mine.summary is not None
+        if mine.summary and folder.is_finished(mine.summary, config, manifest):
+            return facts | {"finished": True}
         if folder.path.is_dir():
             ownership.take(folder.path, config.checkpoint.adopt)  # from here on nobody else writes in it
-        bad = False
         for path, content, why in checkpoint.newest_good(folder.checkpoints):
-            if content is None:
-                say(f"{why}; trying the one before")
-                bad = True
-                continue
-            folder.create(config)
-            folder.forget_summary()
-            say(f"resuming from {path}")
-            return b"C" + content
+            if content is not None:
+                mine.content = content
+                return facts | {"checkpoint": path.name}
+            say(f"{why}; trying the one before")
+            facts["damaged"] = True
     except OSError as error:
-        kind = TrainingError if error.errno in TRANSIENT else UserError
+        kind = TrainingError if error.errno in files.TRANSIENT else UserError
         raise kind(f"{folder.path} can't be read: {error.strerror}; look at its owner and its volume") from None
-    if summary:
+    return facts
+
+
+def _refuse(folder: RunFolder, found: list[dict[str, Any]]) -> None:
+    """Raise UserError where no checkpoint is whole, and something says that there should be one."""
+    if any(facts["summary"] for facts in found):
         raise UserError(f"{folder.path} has a summary but no checkpoint to go on from; give the run another --name")
-    if bad:
+    if any(facts["damaged"] for facts in found):
         raise UserError(
             f"no checkpoint in {folder.checkpoints} is whole; remove them to start anew, or use another --name"
         )
-    folder.create(config)
-    return None
+
+
+def _open(
+    folder: RunFolder, config: Config, world: World, name: str = "", content: bytes = b"", source: int = 0
+) -> None:
+    """Make each run folder ready, with the checkpoint `name`, which rank `source` has, in it; collective.
+
+    Raises TrainingError where that succeeds on no node; a node on which it does not keeps no checkpoints for now.
+    """
+
+    def make() -> str:
+        try:
+            folder.create(config)
+            folder.forget_summary()
+            path = folder.checkpoints / name
+            if name and world.rank != source and not _is_whole(path):
+                files.write_atomically(path, content)
+                say(f"{path} comes from the node of rank {source}")
+        except PeerLost:
+            raise
+        except TrainingError as error:
+            return str(error)
+        except OSError as error:
+            if error.errno in files.FULL | files.TRANSIENT:
+                return files.unwritten(folder.path, error)
+            raise UserError(f"run folder {folder.path} can't be written: {error.strerror}; check its owner") from None
+        if name and world.rank == source:
+            say(f"resuming from {folder.checkpoints / name}")
+        return ""
+
+    told = agree.each(world, make if world.keeps else None)
+    problems = [problem for problem in told if problem is not None]
+    if all(problems):
+        raise TrainingError(problems[0])
+    if problem := told[world.rank]:
+        say(f"{problem}; another node keeps the checkpoints meanwhile")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(checkpoint.read_verified(path))
+    except (checkpoint.Damaged, OSError):
+        return False
+
+
+def _hand_on(folder: RunFolder, finished: list[int], world: World) -> None:
+    """Give the nodes that lack it what a finished run left on another, its mark last; collective."""
+    source, lacks = finished[0], world.keeps and world.rank not in finished
+
+    def list_files() -> list[list[Any]]:
+        newest = [f"checkpoints/{path.name}" for path in checkpoint.listed(folder.checkpoints)[:1]]
+        names = [name for name in (*newest, *HANDED_ON, MARKER) if (folder.path / name).is_file()]
+        return [list(astuple(transfer.File.of(folder.path, name))) for name in names]
+
+    try:
+        listed = agree.each(world, list_files if world.rank == source else None)[source]
+    except OSError as error:
+        raise TrainingError(f"{folder.path} can't be read: {error.strerror}; look at its volume") from None
+    offered = [transfer.File(*values) for values in listed if _may_come(values[0])]
+    wanted = [file.name for file in offered if not file.is_in(folder.path)] if lacks else []
+    if lacks:
+        say(f"the run is finished: taking what it left from the node of rank {source} into {folder.path}")
+    transfer.spread(offered, folder.path, wanted, source, world)
+
+
+def _may_come(name: str) -> bool:
+    """Whether a name that another node announces is one of a run folder's: no way out of it."""
+    parent, _, file = name.rpartition("/")
+    return name in (*HANDED_ON, MARKER) or (parent == "checkpoints" and checkpoint.is_named(file))

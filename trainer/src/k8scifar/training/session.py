@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from k8scifar.config.schema import Config
+from k8scifar.console import say
 from k8scifar.data import packed
 from k8scifar.data.augment import Images
 from k8scifar.errors import TrainingError, UserError
@@ -62,12 +63,14 @@ class Session:
         # Last what people see and what writes: nothing is shown or written of a run that could not be opened.
         self.display = Display(config, manifest, self.plan, self.first_step, world.is_main, self._hint())
         self.display.text("configuration", config.to_yaml())
+        self._tell = self.display.write if world.is_main else say  # what this node has to say for itself
         self._writer = None
-        if world.is_main:
-            self._writer = checkpoint.Writer(self.folder.checkpoints, config.checkpoint.keep, self.display.write)
+        if world.keeps:
+            self._writer = checkpoint.Writer(self.folder.checkpoints, config.checkpoint.keep, self._tell)
         self._spent = self.state.history[-1]["seconds"] if self.state.history else 0.0
         self._started = self._epoch_started = self._saved = time.monotonic()
         self._drift_told = False
+        self._written = (0, 0)
         self._stalled = 0.0  # seconds of this epoch that checkpoints have taken from the loop
         self.outcome: Outcome | None = None
         if world.size > 1:
@@ -113,19 +116,31 @@ class Session:
         """
         begun, state = time.monotonic(), self.state
         settle(self.world)
-        behind = torch.tensor([bool(self._writer and self._writer.behind)])
-        own = torch.cat([state.sums.cpu(), state.weight_sum(), state.digest(), behind.double()])
+        behind = not must and (not self._writer or self._writer.behind)  # it is left out where no node can take it
+        written = self._writer.written if self._writer else (0, 0)
+        own = torch.cat([state.sums.cpu(), state.weight_sum(), state.digest(), torch.tensor([behind, *written])])
         facts = agree.gather(own, self.world)
         self.check_finite(facts, state.step)
-        self._equalise(facts[:, -2])
-        if facts[0, -1] and not must:
-            self.display.write(f"checkpoint of step {state.step} left out: the volume is still busy with former ones")
-        else:
-            payload = state.snapshot(self.plan.pixels(max(0, state.step - 1)))
-            if self._writer:
-                self._writer.save(payload, state.step, best_step(state.history))
+        self._equalise(facts[:, 4])
+        self._compare(facts[:, 6:])
+        payload = {} if facts[:, 5].all() else state.snapshot(self.plan.pixels(max(0, state.step - 1)))
+        if self._writer and behind:
+            self._tell(f"checkpoint of step {state.step} left out: the volume is still busy with former ones")
+        elif self._writer:
+            self._writer.save(payload, state.step, best_step(state.history))
         self._saved = time.monotonic()
         self._stalled += self._saved - begun
+
+    def _compare(self, written: torch.Tensor) -> None:
+        """Say so where the nodes' newest files of one step differ: replicas should be equal to the last bit.
+
+        `written`: [ranks, 2], step and digest of each rank's newest file; step 0: it has written none.
+        """
+        step = int(written[:, 0].max())
+        digests = {rank: int(row[1]) for rank, row in enumerate(written) if step and row[0] == step}
+        if len(set(digests.values())) > 1:
+            told = ", ".join(f"{digest:012x} of rank {rank}" for rank, digest in digests.items())
+            self.display.write(f"the nodes have drifted apart by step {step}: their checkpoints differ ({told})")
 
     def _equalise(self, digests: torch.Tensor) -> None:
         """Make the ranks' weights equal again where the digests say that they are not; collective.
@@ -209,6 +224,8 @@ class Session:
         record["images_per_second"] = round(steps_here * self.config.global_batch / max(seconds, 1e-9), 1)
         record["seconds"] = round(self._spent + time.monotonic() - self._started, 1)
         record["checkpoint_seconds"], self._stalled = round(self._stalled, 3), 0.0
+        if self.world.own_folders:
+            record = agree.gather_json(record, self.world)[0]  # all nodes keep rank 0's times
         state.history.append(record)
         state.sums.zero_()
         self._record(record)
@@ -231,17 +248,37 @@ class Session:
         )
 
     def complete(self) -> dict[str, Any]:
-        """Export the weights and write the summary, the last act of a run; collective. Returns rank 0's summary."""
+        """Export the weights and write the summary, the last act of a run; collective. Returns the summary.
+
+        A full disk gets some time. Raises TrainingError where no node can keep it.
+        """
         if self.outcome is None:  # resumed between the last checkpoint and here
             self.outcome = self.evaluate(self.plan.last_pixels, final=True, keep_going=lambda: True)
-        summary = agree.from_rank_0(
-            self.world, self._finish
-        )  # nobody leaves before the mark of the finished run is there
-        return json.loads(summary or b"{}")
+        end = time.monotonic() + 0.8 * agree.PATIENCE * self.world.timeout
+        while True:
+            # Nobody leaves before the mark of the finished run is there.
+            kept = agree.each(self.world, self._finish if self.world.keeps else None)
+            facts = [fact for fact in kept if fact]
+            if good := [fact for fact in facts if not fact["problem"]]:
+                break
+            if agree.gather(torch.tensor([time.monotonic() > end]), self.world)[0]:
+                raise TrainingError(facts[0]["problem"])
+            self._tell_problem(kept, "trying again")
+            time.sleep(5.0)
+        self._tell_problem(kept, "another node has it all")
+        self._compare(torch.tensor([fact["written"] if fact else (0, 0) for fact in kept], dtype=torch.float64))
+        summary = good[0]["summary"]
+        self.display.text("summary", json.dumps(summary, indent=1))
+        self.display.write(describe(summary, self.folder.path))
+        return summary
 
-    def _finish(self) -> bytes:
-        """Rank 0's last act: write what the run came to; a full disk gets some time. Raises TrainingError."""
-        self._close_writer()
+    def _tell_problem(self, kept: list[dict[str, Any] | None], then: str) -> None:
+        if (fact := kept[self.world.rank]) and fact["problem"]:
+            self._tell(f"{fact['problem']}; {then}")
+
+    def _finish(self) -> dict[str, Any]:
+        """The last act of a rank that keeps a run folder: write what the run came to, or say why it could not be."""
+        written = self._close_writer()
         state, config, manifest = self.state, self.config, self.manifest
         about = {
             "model": config.model.model_dump(mode="json"),
@@ -250,23 +287,15 @@ class Session:
             "std": manifest.std,
             "pixels": self.plan.last_pixels,
         }
-        end = time.monotonic() + 0.8 * agree.PATIENCE * self.world.timeout
-        while True:
-            try:
-                weights = self.folder.export(state.net.state_dict(), about)
-                summary = summarise(state, self.plan, self.outcome, self.precision, weights)
-                summary["mistakes"] = mistakes(self.outcome, self.splits["test"])
-                report.attempt(self.folder.path, summary, self.splits["test"], self.display.write, self.world.timeout)
-                self.folder.write_summary(summary)
-                break
-            except TrainingError as error:
-                if time.monotonic() > end:
-                    raise
-                self.display.write(f"{error}; trying again")
-                time.sleep(5.0)
-        self.display.text("summary", json.dumps(summary, indent=1))
-        self.display.write(describe(summary, self.folder.path))
-        return json.dumps(summary).encode()
+        try:
+            weights = self.folder.export(state.net.state_dict(), about)
+            summary = summarise(state, self.plan, self.outcome, self.precision, weights)
+            summary["mistakes"] = mistakes(self.outcome, self.splits["test"])
+            report.attempt(self.folder.path, summary, self.splits["test"], self._tell, self.world.timeout)
+            self.folder.write_summary(summary)
+        except TrainingError as error:
+            return {"problem": str(error), "written": written}
+        return {"problem": "", "written": written, "summary": summary}
 
     def close(self) -> None:
         """Finish what is being written; not collective."""
@@ -291,12 +320,14 @@ class Session:
         return why
 
     def _record(self, record: dict[str, Any]) -> None:
-        if not self.world.is_main:
+        if not self.world.keeps:
             return
         try:
             self.folder.write_metrics(self.state.history)
         except TrainingError as error:  # the next epoch writes all lines again
-            self.display.write(f"{error}; training goes on")
+            self._tell(f"{error}; training goes on")
+        if not self.world.is_main:
+            return
         curves = {
             name.replace("_", "/", 1): value for name, value in record.items() if name.startswith(("train_", "test_"))
         }
@@ -310,10 +341,12 @@ class Session:
         images, labels = (torch.from_numpy(array).to(self.world.device) for array in (split.images, split.labels))
         return Images(images, labels, self.manifest.mean, self.manifest.std, border)
 
-    def _close_writer(self) -> None:
+    def _close_writer(self) -> tuple[int, int]:
+        """Step and digest of the newest file that this rank has written; see checkpoint.Writer."""
         if self._writer:
             self._writer.close()
-            self._writer = None
+            self._written, self._writer = self._writer.written, None
+        return self._written
 
 
 def best_step(history: list[dict[str, Any]]) -> int | None:

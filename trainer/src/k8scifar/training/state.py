@@ -16,7 +16,7 @@ from k8scifar.data.augment import Images
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import UserError
 from k8scifar.ranks import exchange
-from k8scifar.ranks.agree import gather, unflatten
+from k8scifar.ranks.agree import gather, gather_json, unflatten
 from k8scifar.ranks.world import World
 from k8scifar.results.summary import with_todays_names
 from k8scifar.training import compiling, model, optim, scaling
@@ -140,21 +140,30 @@ class State:
         unflatten(flat, tensors)
 
     def snapshot(self, pixels: int) -> dict[str, Any]:
-        """A checkpoint's values, copied to the CPU; collective: all ranks call it, rank 0 uses it.
+        """A checkpoint's values, copied to the CPU; collective: all ranks call it, those that keep it use it.
 
-        `pixels` is the resolution last trained at.
+        These are rank 0's, and the same to the last bit on every node. `pixels` is the resolution last trained at.
         """
         local = gather(self.local(), self.world)
         communication = self.exchange.snapshot()
-        if not self.world.is_main:
+        config = self.config.model_dump(mode="json")
+        if self.world.own_folders:
+            config = gather_json(config, self.world)[0]  # folders and logs may differ from host to host
+        if not self.world.keeps:
             return {}
+        with self.exchange.as_rank_0(communication["own"]):
+            return self._payload(pixels, config, local, communication)
+
+    def _payload(
+        self, pixels: int, config: dict[str, Any], local: torch.Tensor, communication: dict[str, Any]
+    ) -> dict[str, Any]:
         weights = {name: tensor.detach().cpu().clone() for name, tensor in self.net.state_dict().items()}
         weights |= self._mean_statistics(local)
         return {
             "step": self.step,
             "pixels": pixels,
             "world_size": self.world.size,
-            "config": self.config.model_dump(mode="json"),
+            "config": config,
             "classes": list(self.manifest.classes),
             "mean": list(self.manifest.mean),
             "std": list(self.manifest.std),
