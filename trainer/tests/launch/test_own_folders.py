@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pods
@@ -37,6 +38,14 @@ def group(config, tiny_data, tmp_path):
     """Two pods, not yet started; the first one's machine has the data set."""
     shutil.copytree(tiny_data, tmp_path / "data-0")
     with pods.group(tmp_path, config, tiny_data, "run", "--storage=local") as pair:
+        yield pair
+
+
+@pytest.fixture
+def by_hand(config, tiny_data, tmp_path):
+    """Two people at two machines, who type the command again whenever it has ended."""
+    shutil.copytree(tiny_data, tmp_path / "data-0")
+    with pods.group(tmp_path, config, tiny_data, "run", "--storage=local", "--when-done=exit") as pair:
         yield pair
 
 
@@ -100,3 +109,19 @@ def test_either_node_may_lose_all_it_has_at_any_time(group, undisturbed, tiny_da
         assert checkpoints(group, rank)[-1].startswith("step-00000012-")
     assert "Traceback" not in first() + second()
     assert group.pods[0].codes == [-9, -9, -9] and group.pods[1].codes == [-9, -9, -9]
+
+
+def test_a_full_disk_on_one_machine_is_told_there_and_the_other_keeps_the_run(by_hand, small_disk, undisturbed):
+    group, small = by_hand, small_disk("30m")
+    begin(group, 0)
+    group.start(1, group.folder / "data-1", small)
+    first, second = group.pods
+    group.until(lambda: first.codes and second.codes, 150, "the end")
+    assert (first.codes[0], second.codes[0]) == (0, 0)
+    assert "checkpoint of step 4 could not be written (No space left on device)" in second.text()
+    assert re.search(r"model.safetensors could not be written .*; another node has it all", second.text())
+    assert "could not" not in first.text()
+    assert weights_hash(left(group, 0)) == weights_hash(undisturbed)
+    group.until(lambda: len(first.codes) > 1, 60, "the end, told again")
+    assert first.codes[1] == 0 and first.text().count("k8scifar: training is done") == 2
+    assert "attempt" not in first.text()

@@ -241,6 +241,8 @@ class Supervisor:
             if broken and self.spec.own_folders:
                 say("k8scifar: training is done here; another node may still lack what it left: waiting for it")
                 self._hold(self.spec.wait)
+            if self.spec.nnodes > 1 and self._is_finished():
+                say(f"k8scifar: training is done ({self.spec.config.run_dir})")
             return 0
         if self.spec.when_done == "scale-down" and self.spec.node_rank == 0:
             name = self.spec.environment.get("K8SCIFAR_STATEFULSET", "")

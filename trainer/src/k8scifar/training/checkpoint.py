@@ -111,6 +111,19 @@ def step_of(path: Path | str) -> int:
     return int(match[1])
 
 
+def differing(written: list[tuple[int, int]]) -> str:
+    """What to say of ranks whose newest files are of one step and differ; "" where replicas are equal, as they should.
+
+    `written`: each rank's Writer.written.
+    """
+    step = max(step for step, _ in written)
+    digests = {rank: digest for rank, (own, digest) in enumerate(written) if own == step}
+    if not step or len(set(digests.values())) == 1:
+        return ""
+    told = ", ".join(f"{digest:012x} is rank {rank}'s" for rank, digest in digests.items())
+    return f"their checkpoints of step {step} differ ({told})"
+
+
 def is_named(name: str) -> bool:
     """Whether this is the name of a checkpoint file."""
     return bool(_NAME.fullmatch(name))

@@ -35,7 +35,7 @@ def find(config: Config, manifest: packed.Manifest, world: World) -> tuple[dict[
     if finished := [rank for rank, facts in found.items() if facts["finished"]]:
         summary = agree.broadcast(json.dumps(mine.summary).encode(), finished[0], world)
         if len(finished) < len(found):
-            _hand_on(folder, finished, world)
+            _hand_on(folder, config.checkpoint.adopt, finished, world)
         return json.loads(summary), None
     whole = {rank: facts["checkpoint"] for rank, facts in found.items() if facts["checkpoint"]}
     if not whole:
@@ -136,7 +136,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _hand_on(folder: RunFolder, finished: list[int], world: World) -> None:
+def _hand_on(folder: RunFolder, adopt: bool, finished: list[int], world: World) -> None:
     """Give the nodes that lack it what a finished run left on another, its mark last; collective."""
     source, lacks = finished[0], world.keeps and world.rank not in finished
 
@@ -147,13 +147,16 @@ def _hand_on(folder: RunFolder, finished: list[int], world: World) -> None:
 
     try:
         listed = agree.each(world, list_files if world.rank == source else None)[source]
+        offered = [transfer.File(*values) for values in listed if _may_come(values[0])]
+        wanted = [file.name for file in offered if not file.is_in(folder.path)] if lacks else []
+        if lacks:
+            say(f"the run is finished: taking what it left from the node of rank {source} into {folder.path}")
+            folder.path.mkdir(parents=True, exist_ok=True)
+            ownership.take(folder.path, adopt)
     except OSError as error:
-        raise TrainingError(f"{folder.path} can't be read: {error.strerror}; look at its volume") from None
-    offered = [transfer.File(*values) for values in listed if _may_come(values[0])]
-    wanted = [file.name for file in offered if not file.is_in(folder.path)] if lacks else []
-    if lacks:
-        say(f"the run is finished: taking what it left from the node of rank {source} into {folder.path}")
+        raise TrainingError(f"{folder.path} can't be used: {error.strerror}; look at its volume") from None
     transfer.spread(offered, folder.path, wanted, source, world)
+    ownership.leave()
 
 
 def _may_come(name: str) -> bool:

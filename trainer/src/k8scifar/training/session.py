@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,18 +18,15 @@ from k8scifar.errors import TrainingError, UserError
 from k8scifar.ranks import agree, choice
 from k8scifar.ranks.device import resolve_precision
 from k8scifar.ranks.world import World, settle
-from k8scifar.results import report
 from k8scifar.results.display import Display
-from k8scifar.results.outcome import Outcome, mistakes
+from k8scifar.results.outcome import Outcome
 from k8scifar.results.progress import epoch_line
 from k8scifar.results.run_folder import RunFolder
-from k8scifar.results.summary import describe
-from k8scifar.training import checkpoint, model, scaling
+from k8scifar.training import checkpoint, ending, model, scaling
 from k8scifar.training.clock import StepClock
 from k8scifar.training.evaluation import evaluate
 from k8scifar.training.plan import Plan
 from k8scifar.training.state import State
-from k8scifar.training.summary import summarise
 
 
 class Session:
@@ -63,10 +59,10 @@ class Session:
         # Last what people see and what writes: nothing is shown or written of a run that could not be opened.
         self.display = Display(config, manifest, self.plan, self.first_step, world.is_main, self._hint())
         self.display.text("configuration", config.to_yaml())
-        self._tell = self.display.write if world.is_main else say  # what this node has to say for itself
+        self.tell = self.display.write if world.is_main else say  # what this node has to say for itself
         self._writer = None
         if world.keeps:
-            self._writer = checkpoint.Writer(self.folder.checkpoints, config.checkpoint.keep, self._tell)
+            self._writer = checkpoint.Writer(self.folder.checkpoints, config.checkpoint.keep, self.tell)
         self._spent = self.state.history[-1]["seconds"] if self.state.history else 0.0
         self._started = self._epoch_started = self._saved = time.monotonic()
         self._drift_told = False
@@ -122,25 +118,19 @@ class Session:
         facts = agree.gather(own, self.world)
         self.check_finite(facts, state.step)
         self._equalise(facts[:, 4])
-        self._compare(facts[:, 6:])
+        self.tell_drift([(int(row[6]), int(row[7])) for row in facts])
         payload = {} if facts[:, 5].all() else state.snapshot(self.plan.pixels(max(0, state.step - 1)))
         if self._writer and behind:
-            self._tell(f"checkpoint of step {state.step} left out: the volume is still busy with former ones")
+            self.tell(f"checkpoint of step {state.step} left out: the volume is still busy with former ones")
         elif self._writer:
             self._writer.save(payload, state.step, best_step(state.history))
         self._saved = time.monotonic()
         self._stalled += self._saved - begun
 
-    def _compare(self, written: torch.Tensor) -> None:
-        """Say so where the nodes' newest files of one step differ: replicas should be equal to the last bit.
-
-        `written`: [ranks, 2], step and digest of each rank's newest file; step 0: it has written none.
-        """
-        step = int(written[:, 0].max())
-        digests = {rank: int(row[1]) for rank, row in enumerate(written) if step and row[0] == step}
-        if len(set(digests.values())) > 1:
-            told = ", ".join(f"{digest:012x} of rank {rank}" for rank, digest in digests.items())
-            self.display.write(f"the nodes have drifted apart by step {step}: their checkpoints differ ({told})")
+    def tell_drift(self, written: list[tuple[int, int]]) -> None:
+        """Say so where the nodes' newest checkpoints of one step differ; `written`: each rank's checkpoint.Writer's."""
+        if told := checkpoint.differing(written):
+            self.display.write(f"the nodes have drifted apart: {told}")
 
     def _equalise(self, digests: torch.Tensor) -> None:
         """Make the ranks' weights equal again where the digests say that they are not; collective.
@@ -250,56 +240,15 @@ class Session:
     def complete(self) -> dict[str, Any]:
         """Export the weights and write the summary, the last act of a run; collective. Returns the summary.
 
-        A full disk gets some time. Raises TrainingError where no node can keep it.
+        Raises TrainingError where no node can keep them.
         """
         if self.outcome is None:  # resumed between the last checkpoint and here
             self.outcome = self.evaluate(self.plan.last_pixels, final=True, keep_going=lambda: True)
-        end = time.monotonic() + 0.8 * agree.PATIENCE * self.world.timeout
-        while True:
-            # Nobody leaves before the mark of the finished run is there.
-            kept = agree.each(self.world, self._finish if self.world.keeps else None)
-            facts = [fact for fact in kept if fact]
-            if good := [fact for fact in facts if not fact["problem"]]:
-                break
-            if agree.gather(torch.tensor([time.monotonic() > end]), self.world)[0]:
-                raise TrainingError(facts[0]["problem"])
-            self._tell_problem(kept, "trying again")
-            time.sleep(5.0)
-        self._tell_problem(kept, "another node has it all")
-        self._compare(torch.tensor([fact["written"] if fact else (0, 0) for fact in kept], dtype=torch.float64))
-        summary = good[0]["summary"]
-        self.display.text("summary", json.dumps(summary, indent=1))
-        self.display.write(describe(summary, self.folder.path))
-        return summary
-
-    def _tell_problem(self, kept: list[dict[str, Any] | None], then: str) -> None:
-        if (fact := kept[self.world.rank]) and fact["problem"]:
-            self._tell(f"{fact['problem']}; {then}")
-
-    def _finish(self) -> dict[str, Any]:
-        """The last act of a rank that keeps a run folder: write what the run came to, or say why it could not be."""
-        written = self._close_writer()
-        state, config, manifest = self.state, self.config, self.manifest
-        about = {
-            "model": config.model.model_dump(mode="json"),
-            "classes": manifest.classes,
-            "mean": manifest.mean,
-            "std": manifest.std,
-            "pixels": self.plan.last_pixels,
-        }
-        try:
-            weights = self.folder.export(state.net.state_dict(), about)
-            summary = summarise(state, self.plan, self.outcome, self.precision, weights)
-            summary["mistakes"] = mistakes(self.outcome, self.splits["test"])
-            report.attempt(self.folder.path, summary, self.splits["test"], self._tell, self.world.timeout)
-            self.folder.write_summary(summary)
-        except TrainingError as error:
-            return {"problem": str(error), "written": written}
-        return {"problem": "", "written": written, "summary": summary}
+        return ending.end(self)
 
     def close(self) -> None:
         """Finish what is being written; not collective."""
-        self._close_writer()
+        self.close_writer()
         self.display.close()
 
     def _choose_exchange(self, payload: dict[str, Any] | None) -> str:
@@ -325,7 +274,7 @@ class Session:
         try:
             self.folder.write_metrics(self.state.history)
         except TrainingError as error:  # the next epoch writes all lines again
-            self._tell(f"{error}; training goes on")
+            self.tell(f"{error}; training goes on")
         if not self.world.is_main:
             return
         curves = {
@@ -341,7 +290,7 @@ class Session:
         images, labels = (torch.from_numpy(array).to(self.world.device) for array in (split.images, split.labels))
         return Images(images, labels, self.manifest.mean, self.manifest.std, border)
 
-    def _close_writer(self) -> tuple[int, int]:
+    def close_writer(self) -> tuple[int, int]:
         """Step and digest of the newest file that this rank has written; see checkpoint.Writer."""
         if self._writer:
             self._writer.close()
