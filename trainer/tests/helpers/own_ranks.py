@@ -2,8 +2,8 @@
 
 Arguments: a folder, and in it plan.json: trainings, one after the other, each {"port", "name", "arguments", "odd"}.
 The ranks' folders are data-RANK and runs-RANK. `odd` is what happens: "" nothing; "piece": rank 1's disk is full at the
-second piece of a file; "bit": its checkpoints differ; "lost": it has lost its data; a source: rank 0 prepares that one
-first. Exit codes are left in codes.RANK.
+second piece of a file; "bit": its checkpoints differ; "lost", "lost on node 0": rank 1, rank 0 has lost its data; a
+source: rank 0 prepares that one first. Exit codes are left in codes.RANK.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def run(folder: Path, rank: str) -> list[int]:
         odd = training["odd"]
         if ":" in odd and rank == "0":
             prepare(folder / "data-0", odd)
-        if odd == "lost" and rank == "1":
-            shutil.rmtree(folder / "data-1")
+        if (odd, rank) in (("lost", "1"), ("lost on node 0", "0")):
+            shutil.rmtree(folder / f"data-{rank}")
         transfer._Part.add = full_at_the_second_piece(add) if (odd, rank) == ("piece", "1") else add
         checkpoint.encode = another_bit(encode) if (odd, rank) == ("bit", "1") else encode
         os.environ["MASTER_PORT"] = str(training["port"])

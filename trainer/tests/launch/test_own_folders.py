@@ -10,6 +10,8 @@ import pytest
 import yaml
 from runs import HELPERS, TINY, history, run, train_command, weights_hash
 
+from k8scifar.results import status
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 CONFIG = TINY | {
     "distributed": {"timeout_seconds": 8.0, "comm": "allreduce"},
@@ -95,20 +97,19 @@ def test_either_node_may_lose_all_it_has_at_any_time(group, undisturbed, tiny_da
     assert checkpoints(group, 0)[-1] == checkpoints(group, 1)[-1]
     assert "drifted" not in first() + second()
 
-    for rank in (1, 0):
-        group.machines[rank].kill()
-        shutil.rmtree(left(group, rank))
-        told = group.pods[rank].text().count("holding until")
-        group.until(
-            lambda pod=group.pods[rank], told=told: pod.text().count("holding until") > told, 90, "the end, told again"
-        )
+    group.machines[0].kill()
+    shutil.rmtree(left(group, 0))
+    told = first().count("holding until")
+    group.until(lambda: first().count("holding until") > told, 90, "the end, told by node 1")
     for rank in (0, 1):
         assert weights_hash(left(group, rank)) == weights_hash(undisturbed)
         assert history(left(group, rank)) == history(undisturbed)
         assert (left(group, rank) / "model.safetensors").exists()
         assert checkpoints(group, rank)[-1].startswith("step-00000012-")
+        told = status.describe(left(group, rank), status.look(left(group, rank)), 0.0)
+        assert told.startswith("run: done") and f"this is what node {rank} knows" in told
     assert "Traceback" not in first() + second()
-    assert group.pods[0].codes == [-9, -9, -9] and group.pods[1].codes == [-9, -9, -9]
+    assert [pod.codes for pod in group.pods] == [[-9, -9, -9], [-9, -9]]
 
 
 def test_a_full_disk_on_one_machine_is_told_there_and_the_other_keeps_the_run(by_hand, small_disk, undisturbed):

@@ -266,11 +266,11 @@ class Supervisor:
                     self.heartbeat.touch()
                 if self.spec.own_folders and door.somebody_waits():
                     say("k8scifar: another node is not done yet: the ranks meet once more")
-                    code = self._attempt()
+                    code, self.reason = self._attempt(), ""
                     self._journal("done")
                     if code == 0 and seconds:
                         return
-                self._sleep(1.0)
+                self._sleep(1.0 if self.spec.own_folders else HOLD)
 
     def _stopped(self, code: int) -> int:
         if code in (0, PREEMPTED):

@@ -1,4 +1,4 @@
-"""The ranks meet, and each node gets the data set: where it has a folder of its own, node 0's packed files."""
+"""The ranks meet, and each node gets the data set: where it has a folder of its own, another's packed files."""
 
 from __future__ import annotations
 
@@ -13,35 +13,41 @@ from k8scifar.errors import TrainingError, UserError
 from k8scifar.ranks import agree, transfer
 from k8scifar.ranks.world import World, node_of_this_rank
 
-RECEIVED = ".received"  # fingerprints of the data sets that node 0 gave this folder, which may be replaced
+RECEIVED = ".received"  # fingerprints of the data sets that another node gave this folder, which may be replaced
 
 
 def prepared(config: Config) -> packed.Manifest | None:
-    """The data set that somebody has prepared for this node; None where it comes from node 0. Raises UserError."""
-    if config.distributed.storage == "local" and node_of_this_rank() > 0:
-        return None
-    return require(Path(config.data.dir))
+    """The data set of the folder that all ranks see; None where each node has its own. Raises UserError."""
+    folder = Path(config.data.dir)
+    if config.distributed.storage == "shared":
+        return require(folder)
+    if node_of_this_rank() == 0 and not (folder / packed.MANIFEST).exists():
+        say(f"there is no data set in {folder}; this node takes another's, if one has it")
+    return None
 
 
 def supply(config: Config, manifest: packed.Manifest | None, world: World) -> packed.Manifest:
     """Meet the other ranks; returns the data set that all train on, whose files are then on every node. Collective.
 
-    Raises PeersDiffer where ranks do not belong together, UserError where a node holds another data set that node 0
-    did not give it.
+    Where nodes have folders of their own, it is node 0's; or, if that has lost it, that of the first one which has it.
+    Raises PeersDiffer where ranks do not belong together, UserError where a node holds another data set that no other
+    gave it.
     """
-    data = {} if world.own_folders or manifest is None else {"data": manifest.fingerprint}
+    data = {"data": manifest.fingerprint} if manifest else {}
     agree.meet(world, config.shared() | data | _mathematics())
-    if manifest is not None and not world.own_folders:
+    if manifest:
         return manifest
-    folder = Path(config.data.dir)
-    offer = agree.broadcast(packed.manifest_bytes(manifest) if manifest else b"", 0, world)
-    given = packed.parse_manifest(offer, "node 0's manifest")
-    offered = [transfer.File(entry["name"], entry["sha256"], entry["bytes"]) for entry in given.files.values()]
-    takes = world.node > 0 and world.local_rank == 0
-    lacking = agree.each(world, (lambda: _lacking(folder, given, offered)) if takes else None)
+    folder, is_first = Path(config.data.dir), world.local_rank == 0
+    seen = agree.each(world, (lambda: _look(folder)) if is_first else None)
+    source = next((rank for rank, content in enumerate(seen) if content), None)
+    if source is None:
+        raise UserError(f"no node has a whole data set; run `k8scifar prepare --data-dir {folder}` on node 0 first")
+    given = packed.parse_manifest(seen[source].encode(), f"the {packed.MANIFEST} of rank {source}'s node")
+    offered = _files(given)
+    lacking = agree.each(world, (lambda: _lacking(folder, given, offered, source)) if is_first else None)
     if any(lacking):
-        transfer.spread(offered, folder, lacking[world.rank] or [], 0, world)
-    agree.each(world, (lambda: _settle(folder, given)) if takes else None)
+        transfer.spread(offered, folder, lacking[world.rank] or [], source, world)
+    agree.each(world, (lambda: _settle(folder, given)) if is_first else None)
     return given
 
 
@@ -50,22 +56,38 @@ def _mathematics() -> dict[str, str]:
     return {name: version for name, version in versions.versions().items() if name in ("k8scifar", "code", "torch")}
 
 
-def _lacking(folder: Path, given: packed.Manifest, offered: list[transfer.File]) -> list[str]:
-    """Names of the files that this node has to take. Raises UserError where what it has is not to be replaced."""
+def _look(folder: Path) -> str:
+    """The content of this node's manifest, "" unless all of its files are here too. Raises Foreign, TrainingError."""
     here = _here(folder)
+    return packed.manifest_bytes(here).decode() if here and not _missing(folder, _files(here)) else ""
+
+
+def _files(manifest: packed.Manifest) -> list[transfer.File]:
+    return [transfer.File(entry["name"], entry["sha256"], entry["bytes"]) for entry in manifest.files.values()]
+
+
+def _missing(folder: Path, wanted: list[transfer.File]) -> list[transfer.File]:
+    """Those that are not in the folder, or not whole. Raises TrainingError."""
     try:
-        if here and here.fingerprint != given.fingerprint and here.fingerprint not in _received(folder):
-            raise UserError(
-                f"{folder} holds another data set ({here.source}, fingerprint {here.fingerprint}) than node 0's "
-                f"({given.source}, {given.fingerprint}); move it away, or give this machine another --data-dir"
-            )
-        lacking = [file for file in offered if not file.is_in(folder)]
+        return [file for file in wanted if not file.is_in(folder)]
     except OSError as error:
         raise TrainingError(f"data folder {folder} can't be read ({error.strerror}); look at its volume") from None
+
+
+def _lacking(folder: Path, given: packed.Manifest, offered: list[transfer.File], source: int) -> list[str]:
+    """Names of the files that this node has to take. Raises UserError where what it has is not to be replaced."""
+    here, instead = _here(folder), ""
+    if here and here.fingerprint != given.fingerprint:
+        if here.fingerprint not in _received(folder):
+            raise UserError(
+                f"{folder} holds another data set ({here.source}, fingerprint {here.fingerprint}) than rank {source}'s "
+                f"node ({given.source}, {given.fingerprint}); move it away, or give this machine another --data-dir"
+            )
+        instead = f", in place of {here.source}"
+    lacking = _missing(folder, offered)
     if lacking:
         size = sum(file.bytes for file in lacking) / 1e6
-        instead = f", in place of {here.source}" if here and here.fingerprint != given.fingerprint else ""
-        say(f"taking {given.source} from node 0 into {folder} ({size:,.1f} MB){instead}")
+        say(f"taking {given.source} from rank {source}'s node into {folder} ({size:,.1f} MB){instead}")
     return [file.name for file in lacking]
 
 
@@ -84,19 +106,19 @@ def _settle(folder: Path, given: packed.Manifest) -> None:
 
 
 def _here(folder: Path) -> packed.Manifest | None:
-    """The manifest of this node's folder; None where there is none, or a damaged one. Raises Foreign."""
+    """The manifest of this node's folder; None where there is none, or a damaged one. Raises Foreign, TrainingError."""
     try:
         return packed.read_manifest(folder)
     except packed.Foreign:
         raise
     except UserError as error:
-        say(f"{error.args[0].partition(';')[0]}; taking node 0's")
+        say(str(error).partition(";")[0])
         return None
 
 
 def _received(folder: Path) -> list[str]:
-    """Fingerprints of the data sets that node 0 gave this folder."""
+    """Fingerprints of the data sets that another node gave this folder."""
     try:
         return files.read(folder / RECEIVED).decode(errors="replace").split()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return []
