@@ -59,7 +59,10 @@ def _mathematics() -> dict[str, str]:
 def _look(folder: Path) -> str:
     """The content of this node's manifest, "" unless all of its files are here too. Raises Foreign, TrainingError."""
     here = _here(folder)
-    return packed.manifest_bytes(here).decode() if here and not _missing(folder, _files(here)) else ""
+    damaged = _missing(folder, _files(here)) if here else (folder / packed.MANIFEST).exists()
+    if damaged:
+        say(f"the data set in {folder} is damaged; this node takes another's, if one has it")
+    return packed.manifest_bytes(here).decode() if here and not damaged else ""
 
 
 def _files(manifest: packed.Manifest) -> list[transfer.File]:
@@ -111,8 +114,7 @@ def _here(folder: Path) -> packed.Manifest | None:
         return packed.read_manifest(folder)
     except packed.Foreign:
         raise
-    except UserError as error:
-        say(str(error).partition(";")[0])
+    except UserError:
         return None
 
 
