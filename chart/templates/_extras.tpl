@@ -14,7 +14,7 @@
 {{- end -}}
 {{- $seen = append $seen $item.name -}}
 {{- end -}}
-{{- $own := list "config" "dataset" "checkpoints" "shm" "tmp" -}}
+{{- $own := list "config" "dataset" "checkpoints" "local" "shm" "tmp" -}}
 {{- $volumes := list -}}
 {{- range $index, $item := .Values.extraVolumes -}}
 {{- if has $item.name $own -}}

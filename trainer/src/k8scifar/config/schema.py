@@ -169,6 +169,9 @@ class Distributed(_Section):
     """Rank of PowerSGD's matrices: more is more exact, and more bytes."""
     local_sgd_steps: int = Field(8, ge=1, le=10000)
     """Steps between two averagings of local SGD; on a very slow wire `auto` takes up to four times as many."""
+    storage: Literal["shared", "local"] = "shared"
+    """`shared`: all machines see one data folder and one runs folder; `local`: each machine has its own: node 0 gives
+    the others the data set, and the first rank of each node keeps the checkpoints."""
 
 
 class Hardware(_Section):
