@@ -165,6 +165,10 @@ def test_a_lost_machine_is_told_where_nodes_may_not_be_seen(stage, local, name):
     told = stage.run("cluster", "status").stdout
     assert f"{name}-1: if the machine of its volume is gone for good" in told
     assert f"type: kubectl -n default delete pvc/local-{name}-1 pod/{name}-1\n" in told
+    # While a pod is bound to the lost machine, it goes only after that, which takes who may see nodes.
+    objects[-1] |= {"spec": objects[-1]["spec"] | {"nodeName": "node-b"}, "status": {"conditions": []}}
+    stage.objects(objects)
+    assert "type:" not in stage.run("cluster", "status").stdout
 
 
 def test_a_folders_pod_needs_no_new_claim(stage):

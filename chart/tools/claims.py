@@ -51,11 +51,11 @@ def replacements(release: Release, nodes: Nodes) -> list[str]:
         bound = unfit.get("status") == "False" and ELSEWHERE.search(unfit.get("message") or "")
         gone = machine in nodes and nodes[machine] is None
         off = machine in nodes and not gone and condition(nodes[machine] or {}, "Ready").get("status") != "True"
-        if not (lost(pod, nodes) or (bound and (gone or off or machine not in nodes))):
+        if not (machine in nodes and lost(pod, nodes)) and not (bound and (gone or off or machine not in nodes)):
             continue
         options = release.kubectl.options()
         tied = claimed.get(claim, {"spec": {}})["spec"].get("storageClassName") != ""  # a folder of any machine is not
-        typed = [f"kubectl delete node {machine}"] if machine and not gone else []
+        typed = [f"kubectl delete node {machine}"] if machine in nodes and not gone else []
         typed += [f"kubectl {options} delete pvc/{claim} pod/{name}"] if tied and claim else []
         if typed:
             lines.append(
