@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import kubernetes_validate
 import pytest
 from chart_helpers import LOCAL, one, render
 from cluster_stage import RUNNING, everything_runs, installed, node, own_claims, pod
@@ -73,6 +74,7 @@ def test_a_pod_is_made_on_node_0s_machine(stage, local, name, run_folder):
     stage.objects(installed(local, hangs, pod(local, f"{name}-1", "trainer", RUNNING)))
     assert read(stage)[1].startswith("cifar-reader-")
     (reader,) = made(stage)
+    kubernetes_validate.validate(reader, "1.37", strict=True)
     assert reader["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == f"local-{name}-0"
     chosen = reader["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     assert chosen["nodeSelectorTerms"][0]["matchFields"][0]["values"] == ["node-b"]

@@ -18,7 +18,7 @@ TROUBLE = REPOSITORY / "chart/docs/troubleshooting.md"
 FOREIGN = (
     *("didn't match pod anti-affinity rules", "didn't match pod affinity rules", "ErrImagePull", "Failed"),
     *("didn't match PersistentVolume's node affinity", "Insufficient memory", "MountVolume.SetUp failed", "Pending"),
-    *("ProvisioningFailed", "Terminating", "local.size"),
+    *("ProvisioningFailed", "Terminating", "hostPath type check failed", "local.size"),
 )
 # Tasks that no test and no workflow runs, and why.
 BY_HAND = {
