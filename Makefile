@@ -93,7 +93,7 @@ chart-lint: $(READY) ## lint the chart with Helm 3 and 4, for each file in value
 	@for major in 3 4; do helm=$$($(BIN)/python chart/tools/helm.py $$major); \
 	for file in values/*.yaml; do \
 	  layers="-f values/two-node.yaml -f $$file --set nfs.server=192.0.2.1"; \
-	  if grep -q hostPath "$$file"; then layers="-f $$file"; fi; \
+	  if grep -Eq 'hostPath|^local:' "$$file"; then layers="-f $$file"; fi; \
 	  "$$helm" lint --strict --quiet chart $$layers && "$$helm" template cifar chart $$layers >/dev/null; \
 	done; echo "Helm $$major: $$(ls values/*.yaml | wc -l) files of values pass"; done
 

@@ -14,7 +14,7 @@
 {{- end -}}
 {{- $seen = append $seen $item.name -}}
 {{- end -}}
-{{- $own := list "config" "dataset" "checkpoints" "shm" "tmp" -}}
+{{- $own := concat (list "config" "shm" "tmp") (ternary (list "local") (list "dataset" "checkpoints") .Values.local.enabled) -}}
 {{- $volumes := list -}}
 {{- range $index, $item := .Values.extraVolumes -}}
 {{- if has $item.name $own -}}

@@ -22,6 +22,9 @@
 {{- if and .Values.gpu.enabled (not (dig "hardware" "device" "" $train)) -}}
 {{- $_ := set $train "hardware" (merge (dict "device" "cuda") (default dict $train.hardware)) -}}
 {{- end -}}
+{{- if .Values.local.enabled -}}
+{{- $_ := set $train "distributed" (merge (dict "storage" "local") (default dict $train.distributed)) -}}
+{{- end -}}
 {{- toYaml $train -}}
 {{- end -}}
 
@@ -39,8 +42,10 @@ supplementalGroups:
   - {{ . | int64 }}
   {{- end }}
 {{- end }}
-{{- if not (kindIs "invalid" .Values.user.fsGroup) }}
-fsGroup: {{ .Values.user.fsGroup | int64 }}
+{{- /* A storage class may make a folder that belongs to root. */}}
+{{- $group := ternary .Values.user.gid .Values.user.fsGroup (and .Values.local.enabled (kindIs "invalid" .Values.user.fsGroup)) }}
+{{- if not (kindIs "invalid" $group) }}
+fsGroup: {{ $group | int64 }}
 fsGroupChangePolicy: OnRootMismatch
 {{- end }}
 seccompProfile:

@@ -60,12 +60,15 @@ annotations:
 {{- printf "%s-%s" (include "k8scifar.fullname" .) (include "k8scifar.config" . | sha256sum | trunc 10) -}}
 {{- end -}}
 
-{{- /* A StatefulSet keeps its name; a Job can't be changed, so that another pod template makes another Job. */ -}}
+{{- /* A StatefulSet keeps its name, but of one with claims of its own these can't be changed: others make another one. A
+     Job can't be changed at all, so that another pod template makes another Job. */ -}}
 {{- define "k8scifar.workloadName" -}}
 {{- $name := include "k8scifar.fullname" . -}}
 {{- if eq .Values.workload.kind "Job" -}}
 {{- $what := dict "values" (omit .Values "_whole" "tensorboard" "networkPolicy" "helmTest" "keepVolumes") "version" .Chart.AppVersion -}}
 {{- printf "%s-%s" $name ($what | toJson | sha256sum | trunc 8) -}}
+{{- else if .Values.local.enabled -}}
+{{- printf "%s-%s" $name (list .Values.local.storageClassName .Values.local.hostPath | toJson | sha256sum | trunc 8) -}}
 {{- else -}}
 {{- $name -}}
 {{- end -}}

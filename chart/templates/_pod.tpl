@@ -67,7 +67,7 @@ spec:
         {{- toYaml .Values.initResources | nindent 8 }}
       volumeMounts:
         {{- include "k8scifar.mounts" . | nindent 8 }}
-        - name: dataset
+        - name: {{ include "k8scifar.volume" (dict "root" . "key" "dataset") }}
           mountPath: /volumes/dataset
     {{- end }}
     - name: prepare
@@ -98,7 +98,7 @@ spec:
         {{- toYaml .Values.initResources | nindent 8 }}
       volumeMounts:
         {{- include "k8scifar.mounts" . | nindent 8 }}
-        - name: dataset
+        - name: {{ include "k8scifar.volume" (dict "root" . "key" "dataset") }}
           mountPath: /volumes/dataset
   containers:
     - name: trainer
@@ -152,9 +152,11 @@ spec:
         {{- include "k8scifar.resources" . | nindent 8 }}
       volumeMounts:
         {{- include "k8scifar.mounts" . | nindent 8 }}
-        - name: dataset
+        - name: {{ include "k8scifar.volume" (dict "root" . "key" "dataset") }}
           mountPath: /volumes/dataset
+          {{- if not .Values.local.enabled }}
           readOnly: true
+          {{- end }}
         {{- with .Values.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -162,12 +164,14 @@ spec:
     - name: config
       configMap:
         name: {{ include "k8scifar.configName" . | quote }}
+    {{- if not .Values.local.enabled }}
     - name: dataset
       persistentVolumeClaim:
         claimName: {{ include "k8scifar.claim" (dict "root" . "key" "dataset") | quote }}
     - name: checkpoints
       persistentVolumeClaim:
         claimName: {{ include "k8scifar.claim" (dict "root" . "key" "checkpoints") | quote }}
+    {{- end }}
     - name: shm
       emptyDir:
         medium: Memory
@@ -227,7 +231,7 @@ env:
 - name: config
   mountPath: /etc/k8scifar
   readOnly: true
-- name: checkpoints
+- name: {{ include "k8scifar.volume" (dict "root" . "key" "checkpoints") }}
   mountPath: /volumes/checkpoints
 - name: shm
   mountPath: /dev/shm

@@ -2,13 +2,14 @@
 {{- define "k8scifar.validate" -}}
 {{- $values := .Values -}}
 {{- $common := list -}}
+{{- include "k8scifar.validateLocal" . -}}
 {{- range $key := list "dataset" "checkpoints" -}}
 {{- $source := include "k8scifar.source" (dict "root" $ "key" $key) -}}
 {{- $volume := index $values $key -}}
 {{- if eq $source "commonNfs" -}}
   {{- $common = append $common $key -}}
   {{- if not $values.nfs.server -}}
-  {{- fail (printf "\n\n%s has no volume: set nfs.server to your NFS server's address (--set nfs.server=192.168.1.10), or set one of %s.storageClassName, %s.existingClaim, %s.hostPath\n" $key $key $key $key) -}}
+  {{- fail (printf "\n\n%s has no volume: set nfs.server to your NFS server's address (--set nfs.server=192.168.1.10), or do without a server: -f values/local.yaml (local.enabled=true), a volume of each pod's own; or set one of %s.storageClassName, %s.existingClaim, %s.hostPath\n" $key $key $key $key) -}}
   {{- end -}}
   {{- if not $values.nfs.path -}}
   {{- fail "\n\nnfs.server is set but nfs.path is not: set nfs.path to the exported folder\n" -}}
@@ -16,7 +17,7 @@
 {{- else if and (eq $source "nfs") (not $volume.nfs.path) -}}
   {{- fail (printf "\n\n%s.nfs.server is set but %s.nfs.path is not: set it to the exported folder\n" $key $key) -}}
 {{- end -}}
-{{- if and (eq $volume.accessMode "ReadWriteOnce") (gt (int $values.nodes) 1) (eq $values.podAntiAffinity.mode "required") -}}
+{{- if and (ne $source "local") (eq $volume.accessMode "ReadWriteOnce") (gt (int $values.nodes) 1) (eq $values.podAntiAffinity.mode "required") -}}
   {{- fail (printf "\n\n%s.accessMode is ReadWriteOnce, which one machine at a time can mount, but nodes is %d: use ReadWriteMany, or set podAntiAffinity.mode=none to train on one machine\n" $key (int $values.nodes)) -}}
 {{- end -}}
 {{- if regexMatch "(^|/)\\.\\.(/|$)" $volume.folder -}}
@@ -82,6 +83,27 @@
 {{- end -}}
 {{- if and .ingress.enabled (not .enabled) -}}
 {{- fail "\n\ntensorboard.ingress.enabled, but tensorboard.enabled is false: set it to true\n" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Volumes of the pods' own, beside what else the values ask for. */ -}}
+{{- define "k8scifar.validateLocal" -}}
+{{- with .Values.local -}}
+{{- if not .enabled -}}
+{{- range $key := list "storageClassName" "hostPath" -}}
+{{- if index $.Values.local $key -}}
+{{- fail (printf "\n\nlocal.%s is set, but local.enabled is false: set it to true, or leave local.%s out\n" $key $key) -}}
+{{- end -}}
+{{- end -}}
+{{- else if $.Values.nfs.server -}}
+{{- fail "\n\nlocal.enabled and nfs.server are both set: with local.enabled each pod has a volume of its own, for data set and checkpoints; keep one of them\n" -}}
+{{- else if and .storageClassName .hostPath -}}
+{{- fail "\n\nlocal.storageClassName and local.hostPath are both set: a volume comes from one place; keep one of them\n" -}}
+{{- else if eq $.Values.workload.kind "Job" -}}
+{{- fail "\n\nlocal.enabled is for a StatefulSet: a Job's pods have no claims of their own; set workload.kind=StatefulSet (with completion.policy=scaleDown its pods end, too), or use a volume that all pods see, such as nfs.server\n" -}}
+{{- else if and .hostPath (gt (int $.Values.nodes) 1) (ne $.Values.podAntiAffinity.mode "required") -}}
+{{- fail (printf "\n\nlocal.hostPath needs podAntiAffinity.mode=required: pods on one machine would share its folder %s\n" .hostPath) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

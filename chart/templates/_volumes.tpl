@@ -1,4 +1,4 @@
-{{- /* Which volume source a volume's values choose: of (root, key) one of nfs, storageClass, claim,
+{{- /* Which volume source a volume's values choose: of (root, key) one of local, nfs, storageClass, claim,
      hostPath, commonNfs. */ -}}
 {{- define "k8scifar.source" -}}
 {{- $volume := index .root.Values .key -}}
@@ -7,20 +7,27 @@
 {{- if $volume.storageClassName }}{{ $chosen = append $chosen "storageClass" }}{{ end -}}
 {{- if $volume.existingClaim }}{{ $chosen = append $chosen "claim" }}{{ end -}}
 {{- if $volume.hostPath }}{{ $chosen = append $chosen "hostPath" }}{{ end -}}
-{{- if gt (len $chosen) 1 -}}
 {{- $names := dict "nfs" "nfs.server" "storageClass" "storageClassName" "claim" "existingClaim" "hostPath" "hostPath" -}}
 {{- $set := list -}}
 {{- range $chosen }}{{ $set = append $set (printf "%s.%s" $.key (index $names .)) }}{{ end -}}
+{{- if and .root.Values.local.enabled $set -}}
+{{- fail (printf "\n\nlocal.enabled and %s are both set: with local.enabled each pod has a volume of its own, for data set and checkpoints; keep one of them\n" (join ", " $set)) -}}
+{{- end -}}
+{{- if gt (len $chosen) 1 -}}
 {{- fail (printf "\n\n%s are both set: a volume comes from one place; keep one of them\n" (join " and " $set)) -}}
 {{- end -}}
-{{- first (append $chosen "commonNfs") -}}
+{{- first (append $chosen (ternary "local" "commonNfs" .root.Values.local.enabled)) -}}
 {{- end -}}
 
 {{- /* Where a volume's files are, in words: of (root, key). Two volumes of one place have the same. */ -}}
 {{- define "k8scifar.place" -}}
 {{- $volume := index .root.Values .key -}}
 {{- $source := include "k8scifar.source" . -}}
-{{- if eq $source "hostPath" -}}
+{{- if eq $source "local" -}}
+{{- with .root.Values.local -}}
+a volume of the pod's own, {{ if .hostPath }}folder {{ .hostPath }} of its machine{{ else if .storageClassName }}of storage class {{ .storageClassName }}{{ else }}of the cluster's default storage class{{ end }}
+{{- end -}}
+{{- else if eq $source "hostPath" -}}
 folder {{ $volume.hostPath }} of the machine
 {{- else if eq $source "storageClass" -}}
 {{ .key }}'s own of storage class {{ $volume.storageClassName }}
@@ -44,9 +51,38 @@ NFS {{ $nfs.server }}:{{ $nfs.path }}
 {{- $what | toJson | sha256sum | trunc 8 -}}
 {{- end -}}
 
+{{- /* The claim of (root, key); of claims that each pod has for itself, pod 0's. */ -}}
 {{- define "k8scifar.claim" -}}
 {{- $own := printf "%s-%s-%s" (include "k8scifar.fullname" .root) .key (include "k8scifar.volumeHash" .) -}}
+{{- if .root.Values.local.enabled -}}
+{{- $own = printf "local-%s-0" (include "k8scifar.workloadName" .root) -}}
+{{- end -}}
 {{- default $own (index .root.Values .key).existingClaim -}}
+{{- end -}}
+
+{{- /* The pod's volume that holds (root, key): both are in the one that each pod has for itself. */ -}}
+{{- define "k8scifar.volume" -}}
+{{- ternary "local" .key .root.Values.local.enabled -}}
+{{- end -}}
+
+{{- /* A claim's size in a StatefulSet that is there can't be changed, so that another value must not be sent. */ -}}
+{{- define "k8scifar.localSize" -}}
+{{- $size := ternary .Values.local.size "1Gi" (eq .Values.local.hostPath "") -}}
+{{- $there := lookup "apps/v1" "StatefulSet" .Release.Namespace (include "k8scifar.workloadName" .) -}}
+{{- range dig "spec" "volumeClaimTemplates" list $there -}}
+{{- $size = dig "spec" "resources" "requests" "storage" $size . -}}
+{{- end -}}
+{{- $size -}}
+{{- end -}}
+
+{{- /* What reads pod 0's own volume has to be on pod 0's machine. */ -}}
+{{- define "k8scifar.besidePod0" -}}
+podAffinity:
+  requiredDuringSchedulingIgnoredDuringExecution:
+    - topologyKey: kubernetes.io/hostname
+      labelSelector:
+        matchLabels:
+          statefulset.kubernetes.io/pod-name: {{ printf "%s-0" (include "k8scifar.workloadName" .) | quote }}
 {{- end -}}
 
 {{- /* At most 63 letters, the hash telling apart what is cut; volumes of all namespaces share one room for names. */ -}}
@@ -81,4 +117,11 @@ NFS {{ $nfs.server }}:{{ $nfs.path }}
 
 {{- define "k8scifar.runDir" -}}
 {{ include "k8scifar.runsDir" . }}/{{ default .Release.Name .Values.train.name }}
+{{- end -}}
+
+{{- /* What `make results` needs to read a volume once the release is gone. */ -}}
+{{- define "k8scifar.notes" -}}
+k8scifar/run-dir: {{ include "k8scifar.runDir" . | quote }}
+k8scifar/image: {{ include "k8scifar.image" . | quote }}
+k8scifar/user: {{ printf "%d:%d" (int64 .Values.user.uid) (int64 .Values.user.gid) | quote }}
 {{- end -}}

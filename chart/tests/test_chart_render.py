@@ -7,7 +7,21 @@ import subprocess
 import kubernetes_validate
 import pytest
 import yaml
-from chart_helpers import CHART, FILES, NFS, component, container, helm, layers, one, refused, render, run, trainer
+from chart_helpers import (
+    CHART,
+    FILES,
+    LOCAL,
+    NFS,
+    component,
+    container,
+    helm,
+    layers,
+    one,
+    refused,
+    render,
+    run,
+    trainer,
+)
 
 pytestmark = pytest.mark.helm
 MINORS = [f"1.{minor}" for minor in range(27, 38)]
@@ -20,6 +34,8 @@ COMBINATIONS = [
     (*NFS, "--set=tensorboard.ingress.enabled=true,tensorboard.ingress.host=a.example,tensorboard.ingress.tlsSecret=s"),
     (*NFS, "--set=hostNetwork=true,rendezvous.port=29600,dataset.credentialsSecret=s,dataset.s3Endpoint=http://m:9000"),
     (*NFS, "--set=hostNetwork=true,workload.kind=Job"),
+    (*LOCAL, "--set=local.hostPath=/srv/k8scifar,nodes=3,train.global_batch=750,keepVolumes=false"),
+    (*LOCAL, "gpu.yaml", "--set=local.storageClassName=fast,completion.policy=scaleDown"),
     (
         "--set=dataset.existingClaim=a,checkpoints.storageClassName=fast,user.fsGroup=0,user.supplementalGroups={7,8}",
         "--set=podAnnotations.a=b,podLabels.c=d,schedulerName=volcano,priorityClassName=high,nodeSelector.x=y",

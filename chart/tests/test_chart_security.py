@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from chart_helpers import FILES, NFS, layers, pods, render, run
+from chart_helpers import FILES, LOCAL, NFS, layers, pods, render, run
 
 pytestmark = pytest.mark.helm
 EVERYTHING = (
     *NFS,
     "--set=completion.policy=scaleDown,tensorboard.ingress.enabled=true,tensorboard.ingress.host=a.example",
 )
+FOLDER = (*LOCAL, "--set=local.hostPath=/srv/k8scifar")
 # What the scan may find, and why that is as it should be.
 EXCEPTIONS = {
     "CKV_K8S_9": "readiness: the trainer serves nobody, and a rolling upgrade must not wait for its training",
@@ -30,7 +31,7 @@ TEST_POD = {
 ADMITTED = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 
 
-@pytest.mark.parametrize("options", [*map(layers, FILES), EVERYTHING], ids=[*FILES, "everything"])
+@pytest.mark.parametrize("options", [*map(layers, FILES), EVERYTHING, FOLDER], ids=[*FILES, "everything", "folder"])
 def test_restricted_pod_security(options):
     found = pods(render(*options))
     assert len(found) == 3  # the workload's, TensorBoard's and the test's
@@ -39,7 +40,7 @@ def test_restricted_pod_security(options):
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] == 1000
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert "fsGroup" not in pod["securityContext"]
+        assert pod["securityContext"].get("fsGroup") == (1000 if set(LOCAL) & set(options) else None)
         for volume in pod["volumes"]:
             assert set(volume) - {"name"} <= ADMITTED
         for container in pod["containers"] + pod.get("initContainers", []):

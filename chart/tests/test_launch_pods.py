@@ -1,9 +1,10 @@
 """The rendered pods: they train, hold, survive each other's end, and converge after an upgrade."""
 
+import shutil
 import subprocess
 
 import pytest
-from rendered_pods import BIN, Pod, cluster, commands, epochs, rendered, summary, until
+from rendered_pods import BIN, Pod, cluster, commands, epochs, rendered, summary, until, volume_of
 
 pytestmark = [pytest.mark.helm, pytest.mark.slow]
 
@@ -61,6 +62,24 @@ def test_a_lost_pod_costs_the_other_nothing_and_an_upgrade_converges(tmp_path):
         assert epochs(tmp_path) == summary(tmp_path)["epochs"] > trained
         assert "resuming from" in pods[0].text()
         until(lambda: all("holding until" in pod.text() for pod in pods), 30, pods)
+
+
+def test_pods_with_volumes_of_their_own_outlive_the_loss_of_pod_0s(tmp_path):
+    """Its machine is replaced: the newcomer has an empty volume, prepares the data, and gets the other's checkpoint."""
+    objects = rendered(tmp_path, options=("-f", "values/local.yaml", "--set=nfs.server="), epochs=6)
+    with cluster(objects, tmp_path) as (hosts, pods):
+        first, second = (volume_of(objects, ordinal, tmp_path) for ordinal in (0, 1))
+        until(lambda: list(second.glob("checkpoints/runs/cifar/checkpoints/*.pt")), 120, pods)
+        hosts[0].kill()
+        pods[0]._stopping = True
+        shutil.rmtree(first)
+        pods[0] = Pod(hosts[0], 0, objects, tmp_path)
+        until(lambda: all("holding until" in pod.text() for pod in pods), 180, pods)
+        assert (summary(first)["world_size"], summary(first)["epochs"]) == (2, 6)
+        assert f"resuming from {second}/checkpoints/runs/cifar" in pods[1].text(), "the checkpoint came from there"
+        assert "packed into" in pods[0].text() and "packed into" not in pods[1].text(), "pod 1 prepares nothing"
+        packed = [{path.name for path in own.glob("dataset/data/synthetic-*/[!.]*")} for own in (first, second)]
+        assert packed[0] and packed[0] <= packed[1]
 
 
 def test_a_jobs_pods_end_and_a_pod_made_anew_ends_at_once(tmp_path):

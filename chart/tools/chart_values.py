@@ -162,6 +162,13 @@ class Nfs(Section):
     path: AbsolutePath
 
 
+class Local(Section):
+    enabled: bool
+    storageClassName: Named
+    size: Size
+    hostPath: AbsolutePath
+
+
 class Checkpoints(Section):
     folder: Folder
     size: Size
@@ -349,6 +356,7 @@ class Values(Section):
     image: Image
     imagePullSecrets: list[PullSecret]
     nfs: CommonNfs
+    local: Local
     dataset: Dataset
     checkpoints: Checkpoints
     keepVolumes: bool

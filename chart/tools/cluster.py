@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from kube import Kubectl, Release, ToolError, arguments, exit_code, label, listening
+from claims import claims, machines, replacements
+from kube import Kubectl, Release, ToolError, arguments, exit_code, listening
 from news import news
+from objects import label
 from results import results
-from standing import Nodes, claims, lost, standing, workload
+from standing import lost, standing, workload
 
 
 def status(release: Release) -> int:
     """Pods, volumes, warnings, and what the training says of itself."""
-    nodes = machines(release)
+    nodes = release.nodes(machines(release))
     pods = release.pods()
     away = [pod["metadata"]["name"] for pod in pods if lost(pod, nodes)]
     print("\n".join(workload(release, away)))
@@ -24,7 +25,7 @@ def status(release: Release) -> int:
         container, words = standing(pod, nodes)
         where = f" on {pod['spec']['nodeName']}" if pod["spec"].get("nodeName") else ""
         print(f"  pod {pod['metadata']['name']}{where}: {f'{container} ' if container else ''}{words}")
-    for line in claims(release):
+    for line in [*replacements(release, nodes), *claims(release)]:
         print(line)
     for event in news(release):
         print(f"  warning: {event}")
@@ -51,19 +52,6 @@ def progress(release: Release) -> str:
     if done.stdout.strip():
         return done.stdout.strip()
     return f"the run's own state can't be read in pod {pod}: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}"
-
-
-def machines(release: Release) -> Nodes:
-    """The nodes that the release's pods are on; empty where a person may not look at nodes."""
-    names = sorted({pod["spec"]["nodeName"] for pod in release.pods() if pod["spec"].get("nodeName")})
-    if not names:
-        return {}
-    done = release.kubectl.run("get", "nodes", *names, "--ignore-not-found", "--output=json", "--request-timeout=10s")
-    if done.returncode:
-        return {}
-    found = json.loads(done.stdout) if done.stdout.strip() else {"items": []}
-    items = found.get("items", [found])
-    return dict.fromkeys(names) | {item["metadata"]["name"]: item for item in items}
 
 
 def logs(release: Release, options: list[str]) -> int:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
+from claims import claims, machines, replacements
 from kube import ROOT, Kubectl, Release, arguments, exit_code
 from standing import standing
 
@@ -189,6 +190,8 @@ def collect(release: Release, archive: Archive) -> None:
                 archive.add(f"logs/{name}.{container['name']}.previous.log", before.stdout)
     standings = (f"{pod['metadata']['name']}: {' '.join(standing(pod))}\n" for pod in release.pods())
     archive.add("release/pods.txt", "".join(standings))
+    told = [*replacements(release, release.nodes(machines(release))), *claims(release)]
+    archive.add("release/claims.txt", "".join(f"{line.strip()}\n" for line in told))
     archive.add("preflight.txt", preflight(release))
     reader = release.reader()
     if reader and (folder := release.run_dir(needed=False)):

@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from objects import answers, label, note, statuses
+from volumes import claim_of, ordered, run_claim
+
 ROOT = Path(__file__).resolve().parents[2]
 MOUNT = "/volumes/checkpoints"
-KINDS = "statefulsets,jobs,deployments,pods,persistentvolumeclaims,services"
+KINDS = "statefulsets,jobs,deployments,pods,persistentvolumeclaims,services,configmaps"
 # What kubectl says where it gets no answer, most telling first -> what it means, and what to type.
 FAILURES = (
     (
@@ -158,6 +161,18 @@ class Release:
         found = self.objects.get("StatefulSet", []) or self.objects.get("Job", [])
         return max(found, key=lambda item: item["metadata"].get("creationTimestamp", ""), default=None)
 
+    def nodes(self, names: set[str]) -> dict[str, dict[str, Any] | None]:
+        """These machines, None for one that the cluster does not have; empty where a person may not look at nodes."""
+        if not names:
+            return {}
+        asked = ("get", "nodes", *sorted(names), "--ignore-not-found", "--output=json", "--request-timeout=10s")
+        done = self.kubectl.run(*asked)
+        if done.returncode:
+            return {}
+        found = json.loads(done.stdout) if done.stdout.strip() else {"items": []}
+        items = found.get("items", [found])
+        return dict.fromkeys(sorted(names)) | {item["metadata"]["name"]: item for item in items}
+
     def pods(self, component: str = "") -> list[dict[str, Any]]:
         """Its pods of a component (all: empty), by name."""
         found = [pod for pod in self.objects.get("Pod", []) if component in ("", label(pod, "component"))]
@@ -165,26 +180,21 @@ class Release:
 
     def claims(self) -> list[dict[str, Any]]:
         """The claims of runs, the one in use first, then the newest: an older one may be kept."""
-        found = [
-            item for item in self.objects.get("PersistentVolumeClaim", []) if label(item, "component") == "checkpoints"
-        ]
-        used = self.claim_name()
-        found.sort(key=lambda item: item["metadata"].get("creationTimestamp") or "", reverse=True)
-        return sorted(found, key=lambda item: item["metadata"]["name"] != used)
+        return ordered(self.objects.get("PersistentVolumeClaim", []), self.claim_name())
 
     def claim_name(self) -> str:
         """The claim that the workload keeps its run on; empty where there is no workload."""
-        workload = self.workload or {"spec": {}}
-        return claim_of(workload["spec"].get("template", {}).get("spec", {}))
+        return run_claim(self.workload)
 
     def carriers(self) -> list[dict[str, Any]]:
         """What may carry the chart's notes on the run, most trusted first."""
-        return [item for item in [self.workload, *self.objects.get("Deployment", []), *self.claims()] if item]
+        kept = [*self.objects.get("Deployment", []), *self.claims(), *self.objects.get("ConfigMap", [])]
+        return [item for item in [self.workload, *kept] if item]
 
     def run_dir(self, needed: bool = True) -> str:
         """The run folder as the pods see it. Where it is not known, raises ToolError, or is empty if not `needed`."""
         for item in self.carriers():
-            if found := (item["metadata"].get("annotations") or {}).get("k8scifar/run-dir"):
+            if found := note(item, "run-dir"):
                 return found
         if not needed:
             return ""
@@ -203,53 +213,6 @@ class Release:
                 if runs and fits and answers(pod):
                     return pod["metadata"]["name"], component
         return None
-
-
-def claim_of(spec: dict[str, Any]) -> str:
-    """The claim of the checkpoints' volume in a pod's spec, if it has one."""
-    return mounted(spec).get("checkpoints", "")
-
-
-def mounted(spec: dict[str, Any]) -> dict[str, str]:
-    """The claims of a pod's spec, by volume."""
-    found = {each["name"]: each.get("persistentVolumeClaim") or {} for each in spec.get("volumes") or []}
-    return {name: claim["claimName"] for name, claim in found.items() if claim}
-
-
-def mounted_by(workload: dict[str, Any] | None) -> set[str]:
-    """The claims that a workload's pods mount."""
-    return set(mounted((workload or {"spec": {}})["spec"].get("template", {}).get("spec", {})).values())
-
-
-def condition(item: dict[str, Any], kind: str) -> dict[str, Any]:
-    """One of the conditions in an object's status; empty where it has none of this type."""
-    found = item.get("status", {}).get("conditions") or []
-    return next((each for each in found if each["type"] == kind), {})
-
-
-def answers(pod: dict[str, Any]) -> bool:
-    """Whether a command can be run in a pod: not on its way out, and its machine is there.
-
-    The kubelet sets both conditions alike; where only Ready is false, the node controller has missed its machine.
-    """
-    ready, containers = condition(pod, "Ready"), condition(pod, "ContainersReady")
-    missed = ready.get("status") in ("False", "Unknown") and containers.get("status") == "True"
-    missed = missed and ready.get("reason") != "ReadinessGatesNotReady"
-    lost = (
-        condition(pod, "DisruptionTarget").get("status") == "True" or pod.get("status", {}).get("reason") == "NodeLost"
-    )
-    return not (missed or lost or pod["metadata"].get("deletionTimestamp"))
-
-
-def label(item: dict[str, Any], name: str) -> str:
-    """One of the recommended labels."""
-    return item.get("metadata", {}).get("labels", {}).get(f"app.kubernetes.io/{name}", "")
-
-
-def statuses(pod: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of its containers, those that initialise it first."""
-    status = pod.get("status", {})
-    return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -7,7 +7,8 @@ import re
 from datetime import datetime, timezone
 from typing import Any
 
-from kube import Release, condition, statuses
+from kube import Release
+from objects import condition, statuses
 from standing import is_ready
 
 SHOWN = 5

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -14,13 +13,13 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from kube import MOUNT, Kubectl, Release, ToolError
-from standing import standing
+from kube import Kubectl, Release, ToolError
+from objects import note
+from reader import OutOfReach, reading
+from volumes import siblings
 
 TRIES = 3  # of a copy
-START_SECONDS = 180  # for the pod that reads a volume nobody else has mounted
 ORIGIN = ".k8scifar-run.json"  # in a folder of results: whose run it is, and what of it was copied
 
 
@@ -31,43 +30,59 @@ def results(
 
     It is read through a pod that has the volume, or one made for it. Raises ToolError.
     """
-    claim = chosen_claim(release, claim)
-    run_dir = run_dir or noted(release, claim, "k8scifar/run-dir") or release.run_dir()
-    origin = identity(release, claim, run_dir)
-    try:
-        folder = place(origin, target)
-        # What was copied once with its checkpoints is not made poorer.
-        everything = everything or (folder / "checkpoints").is_dir()
-        fetch(release, claim, run_dir, folder, origin, everything, image)
-    except OSError as error:
-        raise ToolError(
-            f"{error.filename or 'the copy'} can't be written: {error.strerror}; what was there is kept"
-        ) from None
+    first = chosen_claim(release, claim)
+    copies = [first] if claim else [first, *others(release, first)]
+    run_dir = run_dir or noted(release, first, "run-dir") or release.run_dir()
+    for name in copies:
+        origin = identity(release, name, run_dir)
+        try:
+            folder = place(origin, target)
+            # What was copied once with its checkpoints is not made poorer.
+            whole = everything or name != first or (folder / "checkpoints").is_dir()
+            with reading(release, name, image, alone=len(copies) == 1) as reader:
+                copy(release.kubectl, *reader, run_dir, folder, origin, whole)
+            return 0
+        except OutOfReach as error:
+            if name == copies[-1]:
+                raise
+            after = copies[copies.index(name) + 1]
+            print(f"{name}: {error}; reading another node's copy, {after}, with its checkpoints", flush=True)
+        except OSError as error:
+            raise ToolError(
+                f"{error.filename or 'the copy'} can't be written: {error.strerror}; what was there is kept"
+            ) from None
     return 0
 
 
 def chosen_claim(release: Release, asked: str) -> str:
     """The claim to read: the one that is asked for, else the workload's, else the newest. Raises ToolError."""
-    names = [item["metadata"]["name"] for item in release.claims()]
+    found = release.claims()
+    names = [item["metadata"]["name"] for item in found]
     used = release.claim_name()
     if asked:
         if asked not in (*names, used):
             raise ToolError(f"release {release.name} has no claim {asked}: CLAIM={' or '.join(names) or used}")
         return asked
     first = used or next(iter(names), "")
-    if len(names) > 1:
+    kept = [name for name in names if name not in [first, *others(release, first)]]
+    if kept:
         why = "in use" if used else "the newest"
-        others = ", ".join(name for name in names if name != first)
-        print(f"reading {first}, {why}; older ones were kept, which CLAIM=... reads: {others}", flush=True)
+        print(f"reading {first}, {why}; older ones were kept, which CLAIM=... reads: {', '.join(kept)}", flush=True)
     return first
+
+
+def others(release: Release, claim: str) -> list[str]:
+    """Where each pod has a claim of its own: those of the other pods, which hold copies of the run."""
+    stems = {item["metadata"]["name"]: siblings(item)[0] for item in release.claims()}
+    return [name for name, stem in stems.items() if name != claim and stem == stems.get(claim)]
 
 
 def noted(release: Release, claim: str, key: str) -> str:
     """What a claim that is not the workload's is annotated with; empty where there is nothing."""
     if claim == release.claim_name():
         return ""
-    found = next((item for item in release.claims() if item["metadata"]["name"] == claim), {"metadata": {}})
-    return (found["metadata"].get("annotations") or {}).get(key, "")
+    kept = [item for item in release.claims() if item["metadata"]["name"] == claim]
+    return next(filter(None, (note(item, key) for item in kept)), "")
 
 
 def identity(release: Release, claim: str, run_dir: str) -> dict[str, str]:
@@ -120,70 +135,6 @@ def whose(folder: Path) -> str:
     return f"run {PurePosixPath(of['run']).name} of {of['release']} in {of['namespace']}" if of else "something else"
 
 
-def fetch(
-    release: Release, claim: str, run_dir: str, target: Path, origin: dict[str, str], everything: bool, image: str
-) -> None:
-    """Copy through a pod that runs, or one made for it."""
-    if reader := release.reader(claim):
-        return copy(release.kubectl, *reader, run_dir, target, origin, everything)
-    pod = reader_pod(release, image, claim)
-    name = pod["metadata"]["name"]
-    print(f"no pod that runs has the volume mounted: pod {name} reads it", flush=True)
-    release.kubectl.ask("create", "--filename=-", given=json.dumps(pod))
-    try:
-        waited = release.kubectl.run(
-            *("wait", "--for=condition=Ready", f"pod/{name}", f"--timeout={START_SECONDS}s"), timeout=START_SECONDS + 30
-        )
-        if waited.returncode:
-            answer = release.kubectl.run("get", "pod", name, "--output=json")
-            words = standing(json.loads(answer.stdout))[1] if answer.returncode == 0 else "it is gone"
-            raise ToolError(f"pod {name} did not start in {START_SECONDS} s ({words}); IMAGE=... names another image")
-        return copy(release.kubectl, name, "reader", run_dir, target, origin, everything)
-    finally:
-        release.kubectl.run("delete", "pod", name, "--wait=false", "--ignore-not-found")
-
-
-def reader_pod(release: Release, image: str, claim: str) -> dict[str, Any]:
-    """A pod that sleeps with the checkpoints' volume mounted, hardened as the release's own pods are."""
-    if not claim:
-        raise ToolError(f"release {release.name} left no claim of its own: install it again, then make results")
-    template = next(
-        (item["spec"]["template"]["spec"] for item in release.carriers() if "template" in item["spec"]), None
-    )
-    kept = [item for item in release.claims() if item["metadata"]["name"] == claim]
-    notes = next((item["metadata"].get("annotations") or {} for item in kept), {})
-    if template:
-        keys = ("securityContext", "imagePullSecrets", "nodeSelector", "tolerations")
-        spec = {key: template[key] for key in keys if template.get(key)}
-        image = image or template["containers"][0]["image"]
-    else:
-        uid, _, gid = notes.get("k8scifar/user", "1000:1000").partition(":")
-        profile = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
-        spec = {"securityContext": profile | {"runAsUser": int(uid), "runAsGroup": int(gid)}}
-        image = image or notes.get("k8scifar/image", "")
-    volume = {"name": "checkpoints", "persistentVolumeClaim": {"claimName": claim}}
-    if not image:
-        raise ToolError("which image reads the volume? IMAGE=name:tag, any with sh and tar")
-    container = {
-        "name": "reader",
-        "image": image,
-        "command": ["sh", "-c", "trap exit TERM; sleep 3600 & wait"],
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-        "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}},
-        "volumeMounts": [{"name": "checkpoints", "mountPath": MOUNT, "readOnly": True}],
-    }
-    labels = {"app.kubernetes.io/instance": release.name, "app.kubernetes.io/component": "reader"}
-    # It ends by itself, should nobody be there to delete it.
-    life = {"restartPolicy": "Never", "automountServiceAccountToken": False, "activeDeadlineSeconds": 3600}
-    metadata = {"name": f"{release.name[:40]}-reader-{secrets.token_hex(3)}", "labels": labels}
-    spec |= life | {"containers": [container], "volumes": [volume]}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
-
-
 def copy(
     kubectl: Kubectl, pod: str, container: str, run_dir: str, target: Path, origin: dict[str, str], everything: bool
 ) -> None:
@@ -201,7 +152,7 @@ def copy(
                 done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE)
             said = " ".join(done.stderr.decode(errors="replace").split())
             if "No such file" in said or "Cannot open: No such" in said:
-                raise ToolError(f"there is no run folder {run_dir} yet (make status), or say another: RUN_DIR=...")
+                raise OutOfReach(f"there is no run folder {run_dir} yet (make status), or say another: RUN_DIR=...")
             # tar's exit code 1: a file grew as it was read, as events do while training runs.
             if done.returncode in (0, 1) and is_whole(archive):
                 unpack(archive, unpacked)

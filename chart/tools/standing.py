@@ -1,10 +1,11 @@
-"""How a pod, a workload and a claim of a release stand, in words; from the objects as kubectl prints them."""
+"""How a pod and a workload of a release stand, in words; from the objects as kubectl prints them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kube import Release, answers, condition, label, mounted_by
+from kube import Release
+from objects import answers, condition, label
 
 Nodes = dict[str, "dict[str, Any] | None"]  # by name; None: the cluster has no such machine
 
@@ -176,17 +177,3 @@ def _rollout(item: dict[str, Any], release: Release) -> list[str]:
 def revision_of(pod: dict[str, Any]) -> str:
     """The StatefulSet's revision that a pod was made from; empty for others."""
     return pod["metadata"].get("labels", {}).get("controller-revision-hash", "")
-
-
-def claims(release: Release) -> list[str]:
-    """A line for each claim; of several for one purpose, which is in use."""
-    found = release.objects.get("PersistentVolumeClaim", [])
-    used = mounted_by(release.workload)
-    lines = []
-    for claim in found:
-        state, name = claim.get("status", {}), claim["metadata"]["name"]
-        alike = [other for other in found if label(other, "component") == label(claim, "component")]
-        mark = (", in use" if name in used else ", not in use, kept") if len(alike) > 1 and used else ""
-        size = state.get("capacity", {}).get("storage", "")
-        lines.append(f"  volume {name}: {' '.join([state.get('phase', 'unknown'), size]).strip()}{mark}")
-    return lines

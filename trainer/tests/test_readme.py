@@ -16,8 +16,9 @@ NAMES = [str(path.relative_to(REPOSITORY)) for path in documents.DOCUMENTS]
 TROUBLE = REPOSITORY / "chart/docs/troubleshooting.md"
 # Messages of Kubernetes and Helm, in the tables of symptoms too.
 FOREIGN = (
-    *("didn't match pod anti-affinity rules", "ErrImagePull", "Failed", "Insufficient memory"),
-    *("MountVolume.SetUp failed", "Pending", "Terminating"),
+    *("didn't match pod anti-affinity rules", "didn't match pod affinity rules", "ErrImagePull", "Failed"),
+    *("didn't match PersistentVolume's node affinity", "Insufficient memory", "MountVolume.SetUp failed", "Pending"),
+    *("ProvisioningFailed", "Terminating", "hostPath type check failed", "local.size"),
 )
 # Tasks that no test and no workflow runs, and why.
 BY_HAND = {

@@ -59,9 +59,11 @@ OTHER = {
     "dataset.hostPath": "/x",
     "checkpoints.accessMode": "ReadWriteOnce",
     "checkpoints.hostPath": "/x",
+    "local.hostPath": "/x",
 }
 # Values that only matter beside others.
 BESIDE = {
+    "local.": {"local": {"enabled": True}, "nfs": {"server": ""}},
     "dataset.nfs": {"dataset": {"nfs": {"server": "s", "path": "/p"}}},
     "checkpoints.nfs": {"checkpoints": {"nfs": {"server": "s", "path": "/p"}}},
     "dataset.size": {"dataset": {"storageClassName": "fast"}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT / "chart" / "tools"))
 SERVER = "--set=nfs.server=192.0.2.1"
 FILES = sorted(path.name for path in VALUES.glob("*.yaml"))
 NFS = ("two-node.yaml", SERVER)
+LOCAL = ("local.yaml",)
 # Ten times as fast, where it is to be had.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -33,7 +35,7 @@ def helm(major: int = 4) -> str:
 
 def layers(name: str) -> tuple[str, ...]:
     """Options that make a file in values/ whole, as its own first lines tell."""
-    if "hostPath" in (VALUES / name).read_text():
+    if re.search("hostPath|^local:", (VALUES / name).read_text(), re.MULTILINE):
         return (name,)
     return (*NFS, name) if name != NFS[0] else NFS
 

@@ -53,6 +53,9 @@ elif verb == "wait":
 elif verb == "exec" and "tar" in words:
     tar = words[words.index("tar"):]
     here = [word.replace("=/volumes", "=" + str(home / "volumes")) for word in tar]
+    empty = home / "empty"
+    if empty.exists() and empty.read_text() == words[1]:
+        sys.exit("tar: /volumes/checkpoints/runs: Cannot open: No such file or directory")
     made = subprocess.run(here, capture_output=True)
     cut = home / "cut"
     sys.stdout.buffer.write(made.stdout[: len(made.stdout) // 2 // 512 * 512] if cut.exists() else made.stdout)
@@ -150,6 +153,7 @@ def pod(objects: list[dict], name: str, component: str, state: dict, at: str = "
     status["conditions"].append({"type": "PodScheduled", "status": "True"})
     status["phase"] = "Running" if at not in inits else "Pending"
     spec = template["spec"] | {"nodeName": "node-a"}
+    spec["volumes"] = spec["volumes"] + own_volumes(objects, name if component == "trainer" else "")
     return {"kind": "Pod", "apiVersion": "v1", "metadata": metadata, "spec": spec, "status": status}
 
 
@@ -169,10 +173,33 @@ def event(about: dict, reason: str, message: str, seconds: float = 300, **more: 
 
 def installed(objects: list[dict], *pods: dict) -> list[dict]:
     """The release's objects and its pods."""
-    kinds = ("StatefulSet", "Job", "Deployment", "PersistentVolumeClaim", "Service")
-    return [item for item in copy.deepcopy(objects) if item["kind"] in kinds] + list(pods)
+    kinds = ("StatefulSet", "Job", "Deployment", "PersistentVolumeClaim", "Service", "ConfigMap")
+    found = sorted((item for item in objects if item["kind"] in kinds), key=lambda item: kinds.index(item["kind"]) == 5)
+    return [*copy.deepcopy(found), *own_claims(objects), *pods]
+
+
+def own_volumes(objects: list[dict], pod_name: str) -> list[dict]:
+    """What the StatefulSet's controller adds to a pod: the volumes of its own claims."""
+    templates = [each for item in objects for each in item.get("spec", {}).get("volumeClaimTemplates", [])]
+    names = [each["metadata"]["name"] for each in templates if pod_name]
+    return [{"name": name, "persistentVolumeClaim": {"claimName": f"{name}-{pod_name}"}} for name in names]
+
+
+def own_claims(objects: list[dict]) -> list[dict]:
+    """The claims that the StatefulSet's controller makes, its selector's labels laid over the template's own."""
+    found = []
+    for item in objects:
+        for template in item.get("spec", {}).get("volumeClaimTemplates", []):
+            for ordinal in range(item["spec"]["replicas"]):
+                claim = copy.deepcopy(template) | {"kind": "PersistentVolumeClaim", "apiVersion": "v1"}
+                name = f"{template['metadata']['name']}-{item['metadata']['name']}-{ordinal}"
+                labels = template["metadata"]["labels"] | item["spec"]["selector"]["matchLabels"]
+                claim["metadata"] = {"name": name, "namespace": "default", "labels": labels}
+                found.append(claim)
+    return found
 
 
 def everything_runs(objects: list[dict]) -> list[dict]:
-    trainers = [pod(objects, f"cifar-{index}", "trainer", RUNNING) for index in (0, 1)]
+    (workload,) = (item["metadata"]["name"] for item in objects if item["kind"] == "StatefulSet")
+    trainers = [pod(objects, f"{workload}-{index}", "trainer", RUNNING) for index in (0, 1)]
     return installed(objects, *trainers, pod(objects, "cifar-tensorboard-x", "tensorboard", RUNNING))

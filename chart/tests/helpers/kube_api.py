@@ -22,9 +22,11 @@ GROUPS = {
         "persistentvolumeclaims": "PersistentVolumeClaim",
         "events": "Event",
         "nodes": "Node",
+        "configmaps": "ConfigMap",
     },
     "apps": {"statefulsets": "StatefulSet", "deployments": "Deployment"},
     "batch": {"jobs": "Job"},
+    "networking.k8s.io": {"networkpolicies": "NetworkPolicy"},
 }
 
 
@@ -41,6 +43,8 @@ class Api(http.server.BaseHTTPRequestHandler):
             code, reason, message = refused
             failure = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason}
             return self.answer(failure | {"code": code, "message": message}, code=code)
+        if url.path == "/version":
+            return self.answer({"major": "1", "minor": "36", "gitVersion": "v1.36.0"})
         if url.path == "/api":
             return self.answer({"kind": "APIVersions", "versions": ["v1"]})
         if url.path == "/apis":

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import yaml
-from chart_helpers import CHART, NFS, helm, one, trainer
+from chart_helpers import CHART, NFS, component, helm, trainer
 from hosts import command_line, two
 from patience import patient
 
@@ -39,9 +39,11 @@ class Pod:
         self.is_job = any(item["kind"] == "Job" for item in objects)
         self.folder = folder / f"pod-{ordinal}-{time.monotonic_ns()}"
         (self.folder / "config").mkdir(parents=True)
-        (self.folder / "config" / "train.yaml").write_text(one(objects, "ConfigMap")["data"]["train.yaml"])
+        (self.folder / "config" / "train.yaml").write_text(
+            component(objects, "ConfigMap", "trainer")["data"]["train.yaml"]
+        )
         self.places = {
-            "/volumes": str(folder),
+            "/volumes": str(volume_of(objects, ordinal, folder)),
             "/etc/k8scifar": str(self.folder / "config"),
             "/tmp/heartbeat": str(self.folder / "heartbeat"),
         }
@@ -106,6 +108,15 @@ class Pod:
     def text(self) -> str:
         """What all its containers have printed."""
         return self.log.read_text()
+
+
+def volume_of(objects: list[dict], ordinal: int, folder: Path) -> Path:
+    """Where a pod's volumes are: in one folder that all see, or in one of its own if it has a claim of its own."""
+    if not any(item.get("spec", {}).get("volumeClaimTemplates") for item in objects):
+        return folder
+    own = folder / f"volume-{ordinal}"
+    own.mkdir(exist_ok=True)
+    return own
 
 
 def rendered(tmp_path: Path, kind: str = "StatefulSet", options: tuple[str, ...] = (), **train) -> list[dict]:
