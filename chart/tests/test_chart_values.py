@@ -62,7 +62,7 @@ SCHEMA = json.loads((CHART / "values.schema.json").read_text())
         ((*NFS, "--set=processesPerNode=2,train.global_batch=500,train.micro_batch=250"), "is at most 125"),
         (
             (*NFS, "--set=nodes=3,train.micro_batch=50,train.distributed.comm=local-sgd"),
-            "can't share equally, as train.distributed.comm=local-sgd asks: choose a train.global_batch that 150 divides",
+            "can't share equally, as train.distributed.comm=local-sgd asks: choose a train.global_batch that 150",
         ),
         ((*NFS, "--set=train.global_batch=510,train.micro_batch=250"), "not a multiple"),
         ((*NFS, "--set=gpu.enabled=true,gpu.resourceName="), "gpu.resourceName"),
