@@ -22,6 +22,7 @@ SETS = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "micro_batch=25
 SETS += ["optimizer.lr=0.001", f"checkpoint.every_steps={CUT_AT}"]
 TWICE = [2.0, 4.0]  # seconds of a micro-batch: rank 1 takes twice as long
 
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_data):
     """Four micro-batches as 2 + 2 and as 3 + 1, in several modes, and resumed: (folder, what was said)."""

@@ -96,8 +96,10 @@ def test_work_is_divided_evenly_and_counted(resnet18):
     for speeds in ([1.0], [1.0] * 2, [1.0] * 4, [2.0, 1.0]):
         owners = muon.divide(hidden, 5, speeds)
         assert set(owners) == set(range(len(speeds)))
-        busy = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) / speed
-                for rank, speed in enumerate(speeds)]
+        busy = [
+            sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) / speed
+            for rank, speed in enumerate(speeds)
+        ]
         assert max(busy) < 1.35 * sum(costs) / sum(speeds)
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -36,9 +36,7 @@ def meet(world: World, facts: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def average(
-    tensors: list[torch.Tensor], world: World, dtype: torch.dtype = torch.float64, weight: float = 1.0
-) -> None:
+def average(tensors: list[torch.Tensor], world: World, dtype: torch.dtype = torch.float64, weight: float = 1.0) -> None:
     """Replace each tensor by its mean over the ranks; in float64 values that are equal stay what they are.
 
     `weight`: how much this rank's count; 1 in the mean over the ranks.

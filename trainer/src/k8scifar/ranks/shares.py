@@ -34,7 +34,6 @@ class Speeds:
             found.append(global_batch * len(ranks) / seconds)
         return found
 
-
     def now(self, seconds: list[float]) -> Speeds:
         """As training has shown them since: a micro-batch's `seconds` by rank, of whatever resolution.
 
