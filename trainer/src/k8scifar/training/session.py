@@ -15,7 +15,7 @@ from k8scifar.config.schema import Config
 from k8scifar.data import packed
 from k8scifar.data.augment import Images
 from k8scifar.errors import TrainingError, UserError
-from k8scifar.ranks import agree, shares
+from k8scifar.ranks import agree
 from k8scifar.ranks.device import resolve_precision
 from k8scifar.ranks.world import World, settle
 from k8scifar.results import report
@@ -223,19 +223,9 @@ class Session:
         state.sums.zero_()
         self._record(record)
         if found and not final:
-            self._follow(meter.own_seconds(found, state.shares))
+            own = meter.own_seconds(found, state.shares)
+            self._tell_shares(work.follow(self.config, self.world, state, own))
         self._epoch_started = time.monotonic()
-
-    def _follow(self, seconds: list[float]) -> None:
-        """Divide the micro-batches anew if the ranks' speeds, `seconds` for one, have changed enough for it."""
-        state, old = self.state, self.state.shares
-        if not shares.follows(self.config, self.world, state.exchange.name) or old.speeds is None:
-            return
-        counts = shares.better(old.counts, seconds)
-        if counts != old.counts:
-            now = old.speeds.now(seconds)
-            state.take_shares(shares.Shares(counts, now))
-            self._tell_shares(f"shares: {state.shares} from step {state.step} on; {shares.slow(now, self.world)}")
 
     def _tell_shares(self, text: str) -> None:
         """Show a division in the log, if there is something to say, and on TensorBoard."""

@@ -1,4 +1,4 @@
-"""How the work of a step is settled when a run is opened: how the ranks communicate, and who computes how much."""
+"""How the work of a step is settled: how the ranks communicate, and who computes how much, then and later."""
 
 from __future__ import annotations
 
@@ -52,3 +52,19 @@ def settle(
     divided, why_so = shares.choose(config, world, before, chosen.mode, speeds)
     state.take_shares(divided)
     return why, why_so
+
+
+def follow(config: Config, world: World, state: State, seconds: list[float]) -> str:
+    """Divide the micro-batches anew if the ranks' speeds have changed enough for it; returns what to say of it.
+
+    `seconds`: of a micro-batch by rank, the same on all ranks.
+    """
+    old = state.shares
+    if old.speeds is None or not shares.follows(config, world, state.exchange.name):
+        return ""
+    counts = shares.better(old.counts, seconds)
+    if counts == old.counts:
+        return ""
+    now = old.speeds.now(seconds)
+    state.take_shares(shares.Shares(counts, now))
+    return f"shares: {state.shares} from step {state.step} on; {shares.slow(now, world)}"
