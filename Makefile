@@ -22,6 +22,7 @@ TESTS ?= trainer/tests chart/tests image/tests
 KILLS ?= 20
 SEED ?=
 ROWS ?=
+RANKS ?=
 # Each command that a person may stop runs by it. Exit codes, for scripts that call k8scifar or the tools themselves:
 # 0 done, 1 failed (a restart may mend it), 2 the user's mistake, 3 stopped and saved, 130 stopped by Ctrl-C. make adds its
 # own "*** [Makefile:N: task] Error CODE" after any code but 0, and ends with 2 for all of them; after Ctrl-C at a
@@ -192,6 +193,10 @@ bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data pi
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python trainer/benchmarks/bench.py $(BENCH_ROWS) --data "$(DATA_DIR)" $(ARGS)
 
+scaling: $(READY) ## the same steps on 1, 2, ... RANKS=cores here: speed-up and efficiency, picture and table in results/
+	@$(FOREGROUND) $(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
+	@$(FOREGROUND) $(BIN)/python trainer/benchmarks/scaling.py --data "$(DATA_DIR)" $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
+
 bench-gpu: $(READY) ## measure what needs a GPU, in ten minutes; ROWS=gpu,flops picks some
 	@$(MAKE) bench ARGS="--gpu $(ARGS)"
 
@@ -214,7 +219,7 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff format trainer
 	@$(BIN)/ruff format --config trainer/pyproject.toml image chart
 
-.PHONY: help venv clean train report evaluate tensorboard test test-versions golden chaos bench bench-gpu gpu lint format \
+.PHONY: help venv clean train report evaluate tensorboard test test-versions golden chaos bench bench-gpu scaling gpu lint format \
 	up down status logs results tensorboard-cluster diagnose \
 	chart-lint template install uninstall schema chart-docs package \
 	image image-smoke push load sbom scan image-lock image-test

@@ -54,12 +54,12 @@
 {{- if mod $global $micro -}}
 {{- fail (printf "\n\ntrain.global_batch %d is not a multiple of train.micro_batch %d: change one of them\n" $global $micro) -}}
 {{- end -}}
-{{- if mod (div $global $micro) $ranks -}}
-{{- $fix := printf "choose a train.global_batch that %d divides" $ranks -}}
-{{- if not (mod $global $ranks) -}}
-{{- $fix = printf "set train.micro_batch to %d, or a divisor of it" (div $global $ranks) -}}
+{{- $told := printf "\n\ntrain.global_batch %d is %d micro-batches of %d, which %d ranks (nodes x processes) can't share" $global (div $global $micro) $micro $ranks -}}
+{{- if lt (div $global $micro | int) (int $ranks) -}}
+{{- fail (printf "%s: each needs one; set train.micro_batch to a divisor of %d that is at most %d, or start fewer\n" $told $global (div $global $ranks)) -}}
 {{- end -}}
-{{- fail (printf "\n\ntrain.global_batch %d is %d micro-batches of %d, which %d ranks (nodes x processes) can't share equally: %s\n" $global (div $global $micro) $micro $ranks $fix) -}}
+{{- if and (mod (div $global $micro) $ranks) (eq (dig "distributed" "comm" "auto" $values.train) "local-sgd") -}}
+{{- fail (printf "%s equally, as train.distributed.comm=local-sgd asks: choose a train.global_batch that %d divides, or another comm\n" $told (mul $ranks $micro)) -}}
 {{- end -}}
 {{- end -}}
 {{- with $values.workload -}}

@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import HERE, CannotRun, Options, machine
 
-ROWS = ("step", "products", "data", "scaling", "modes", "start", "time", "gpu", "flops")
+ROWS = ("step", "products", "data", "scaling", "unequal", "modes", "start", "time", "gpu", "flops")
 GPU_MINUTES = 10.0  # for the rows that need a GPU, unless BENCH_UNTIL is a Unix time
 LONG = ("time",)  # only when asked for by name
 

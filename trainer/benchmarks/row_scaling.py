@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from harness import HERE, PYTHON, CannotRun, Options, free_port, sets, spread, steps_command
@@ -17,6 +18,7 @@ TITLE = "Scaling efficiency, two hosts of one core each"
 COMMAND = "make bench ROWS=scaling (root)"
 MODES = ("allreduce", "bf16", "powersgd", "local-sgd", "auto")
 RATES = {"": ("allreduce", "auto"), "1gbit": MODES, "100mbit": MODES}
+CORES = {"bench-0": 0, "bench-1": 1}  # host -> the core it is
 AIMS = {"1gbit": "0.95 (auto)", "100mbit": "0.85 (auto)"}
 
 
@@ -33,39 +35,53 @@ def measure(options: Options) -> dict:
 
     plan = {"": ("allreduce",), "100mbit": ("auto",)} if options.tiny else RATES
     cells: dict[str, dict[str, dict]] = {}
-    with hosts.two(("bench-0", "bench-1")) as pair:
+    with hosts.two(tuple(CORES)) as pair:
         for rate, modes in plan.items():
             for host in pair:
                 host.limit(rate)
-            before = _step(_start(pair, options, "allreduce", together=False))
+            before = step(start(pair, options, "allreduce", together=False))
             for mode in modes:
-                found = _start(pair, options, mode, together=True)
-                after = _step(_start(pair, options, "allreduce", together=False))
-                step, alone, before = _step(found), (before + after) / 2, after
-                efficiency = round(alone / step, 3)
-                print(
-                    f"  {rate or 'no limit'} {mode}: {step:.3f} s a step, alone {alone:.3f}: {efficiency}", flush=True
-                )
+                found = start(pair, options, mode, together=True)
+                after = step(start(pair, options, "allreduce", together=False))
+                seconds, alone, before = step(found), (before + after) / 2, after
+                efficiency = round(alone / seconds, 3)
+                told = f"{seconds:.3f} s a step, alone {alone:.3f}: {efficiency}"
+                print(f"  {rate or 'no limit'} {mode}: {told}", flush=True)
                 cells.setdefault(rate or "no limit", {})[mode] = {
-                    "efficiency": efficiency, "step": step, "alone": alone, "mode": found["mode"],
+                    "efficiency": efficiency, "step": seconds, "alone": alone, "mode": found["mode"],
                     "said": found["said"], "exposed": found["split"]["communication"],
                 }  # fmt: skip
     return {"cells": cells, "n": 1}
 
 
-def _step(found: dict) -> float:
+def step(found: dict) -> float:
     """Seconds a step, the first ones left out; whole periods of local SGD."""
     steps = found["steps"][1:]
     return spread([sum(steps) / len(steps)])["median"]
 
 
-def _start(pair, options: Options, mode: str, together: bool) -> dict:
-    """Train on both hosts, `together` or each for itself; what rank 0 (the slower one) found."""
+def start(
+    pair,
+    options: Options,
+    mode: str,
+    together: bool,
+    values: dict | None = None,
+    steps: int = 0,
+    started: Callable[[str, int], None] = lambda host, process: None,
+) -> dict:
+    """Train on these hosts, `together` or each for itself; what rank 0 (the slower one) found.
+
+    Args:
+        values: settings in place of a step's of this row.
+        steps: how many; 0: this row's number.
+        started: told the name of each host and its process.
+    """
     # One more step than there are between two averagings of local SGD, as many as `auto` may take.
-    batch, steps = (4, 5) if options.tiny else (125, 33 if mode in ("local-sgd", "auto") else 10)
+    batch, usual = (4, 5) if options.tiny else (125, 33 if mode in ("local-sgd", "auto") else 10)
+    steps = steps or usual
     ranks = 2 if together else 1
-    values = {"global_batch": ranks * batch, "micro_batch": batch, "resolution": "[{until: 1.0, pixels: 16}]"}
-    values |= {"distributed__comm": mode, "hardware__threads": 1}
+    values = {"global_batch": ranks * batch, "micro_batch": batch} | (values or {})
+    values |= {"resolution": "[{until: 1.0, pixels: 16}]", "distributed__comm": mode, "hardware__threads": 1}
     running, outs, port = [], [], str(free_port())
     with tempfile.TemporaryDirectory() as folder:
         for rank, host in enumerate(pair):
@@ -77,7 +93,9 @@ def _start(pair, options: Options, mode: str, together: bool) -> dict:
                 environment |= {"MASTER_ADDR": pair[0].name, "MASTER_PORT": port}
             command = [PYTHON, *steps_command(options, out, steps, *sets(**values))]
             log = Path(folder) / f"{rank}.log"
-            running.append((host.popen(["taskset", "-c", str(rank), *command], environment, log), log))
+            core = str(CORES[host.name])
+            running.append((host.popen(["taskset", "-c", core, *command], environment, log), log))
+            started(host.name, running[-1][0].pid)
         for process, log in running:
             try:
                 code = process.wait(600)
@@ -85,10 +103,13 @@ def _start(pair, options: Options, mode: str, together: bool) -> dict:
                 code = "none in ten minutes"
             if code:
                 raise RuntimeError(f"exit code {code} in mode {mode}:\n{log.read_text()[-3000:]}")
-        said = [line for line in running[0][1].read_text().splitlines() if "communication: " in line]
+        told = running[0][1].read_text().splitlines()
+        said = {
+            word: next((line.partition(f"{word}: ")[2] for line in told if f"{word}: " in line), "")
+            for word in ("communication", "shares")
+        }
         found = [json.loads(out.read_text()) for out in outs if out.exists()]
-        slower = max(found, key=_step)
-        return slower | {"said": said[0].partition("communication: ")[2] if said else ""}
+        return max(found, key=step) | {"said": said["communication"], "shares": said["shares"]}
 
 
 def lines(found: dict) -> list[tuple[str, str, str]]:

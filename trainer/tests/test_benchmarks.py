@@ -7,11 +7,14 @@ import json
 import sys
 
 import pytest
-from runs import REPOSITORY
+from runs import REPOSITORY, run
 
 sys.path.insert(0, str(REPOSITORY / "trainer" / "benchmarks"))
 import bench
+import scaling
 from harness import CannotRun, Options, plain, sets, train_steps
+
+from k8scifar.results import figures
 
 
 @pytest.fixture
@@ -56,6 +59,29 @@ def test_both_contenders_train(options):
     theirs = plain(options, 1, "--batch", "4", "--steps", "2", "--evaluate", "2", "--test-pictures", "10")
     assert len(theirs["steps"]) == 1
     assert 0 <= theirs["curve"][0][1] <= 1
+
+
+def test_scaling_draws_a_picture_and_a_table(tmp_path):
+    machine = {"gpu": None, "machine": "a laptop", "versions": {"torch": "2.13.0"}}
+    text = scaling.table([1, 2, 3], [50.0, 95.0, 120.0], machine)
+    assert "| 2 | 95.0 | 1.90 | 0.95 |\n| 3 | 120.0 | 2.40 | 0.80 |" in text and "a laptop, torch 2.13.0" in text
+    scaling.write(tmp_path, [1, 2, 3], [50.0, 95.0, 120.0], text)
+    left, right = figures.scaling([1, 2, 3], [50.0, 95.0, 120.0]).axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[1, 2, 3], [1.0, 1.9, 2.4]]
+    assert [list(line.get_ydata()) for line in right.lines] == [[1, 1, 1], [1.0, 0.95, pytest.approx(0.8)]]
+
+
+def test_scaling_measures_this_machine(tiny_data, tmp_path):
+    small = "--set micro_batch=4 --set global_batch=8"
+    command = ["make", "scaling", "DATA=synthetic:600:303", f"DATA_DIR={tiny_data}", "RANKS=1"]
+    done = run([*command, f"ARGS=--steps 2 --out {tmp_path} {small}", f"VENV={sys.prefix}"], cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "scaling.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows[:4]] == ["| ranks", "|---|---|---|---|", "| 1", ""]
+    assert rows[2].endswith("| 1.00 | 1.00 |")
+    from PIL import Image
+
+    assert Image.open(tmp_path / "scaling.png").size[0] > 1000
 
 
 def test_rows_of_a_gpu_keep_to_their_time(options, monkeypatch):

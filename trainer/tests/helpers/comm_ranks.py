@@ -1,7 +1,9 @@
 """One rank of test_comm.py, under torchrun: several trainings one after the other, to import torch only once.
 
 Arguments: a JSON file of trainings, each {"port", "arguments", "cut", "slow"}. With "slow" the ranks believe that each
-has a host of its own, and, once they have measured the wire, that it is a slow one. With "cut": {"from", "to", "step"}
+has a host of its own, and, once they have measured the wire, that it is a slow one. With "speeds" (seconds of a
+micro-batch by rank) each believes that it has a host of its own, and that these were measured; "later" holds what it is
+to believe at the end of each epoch, and the gradients of the first step are kept. With "cut": {"from", "to", "step"}
 rank 0 first copies a finished run's folder as a crash would leave it after that step. Each rank's hash of its own
 weights at the end of each epoch and of the run, and after each averaging of local SGD, is added to hashes.RANK beside
 the file.
@@ -9,6 +11,7 @@ the file.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,7 +25,7 @@ from k8scifar.cli import main
 from k8scifar.ranks import choice, device
 from k8scifar.ranks.device import Precision
 from k8scifar.ranks.exchange import LocalSGD
-from k8scifar.training import checkpoint, session
+from k8scifar.training import checkpoint, meter, session
 from k8scifar.training.session import Session
 
 
@@ -66,6 +69,31 @@ def slow(measure):
     return wrapper
 
 
+def told(measure, seconds):
+    """`measure` of each rank alone, done for real, its outcome put aside."""
+
+    def wrapper(trial, pixels):
+        before = [tensor.clone() for tensor in trial.ddp.state_dict().values()]
+        found = measure(trial, pixels)
+        assert min(found.micro_batch) > 0.0 and found.pixels == pixels
+        assert all(map(torch.equal, before, trial.ddp.state_dict().values())), "measuring leaves the model as it is"
+        return dataclasses.replace(found, micro_batch=seconds)
+
+    return wrapper
+
+
+def keeping_gradients(step):
+    """`step` of Session; rank 0 keeps the gradients that the first one is taken by, where speeds were told."""
+
+    def wrapper(session):
+        if session.state.step == 0 and session.world.is_main and choice.alone is not alone:
+            gradients = torch.cat([parameter.grad.flatten() for parameter in session.state.net.parameters()])
+            torch.save(gradients, HASHES.with_name(f"{session.config.name}.gradients"))
+        step(session)
+
+    return wrapper
+
+
 def scaled(*_) -> Precision:
     """In place of resolve_precision: loss scaling, without fp16's arithmetic, which takes a CPU minutes."""
     return Precision("fp16")
@@ -96,7 +124,11 @@ def run(plan: Path, rank: str) -> int:
     for training in json.loads(plan.read_text()):
         if rank == "0" and training["cut"]:
             cut(Path(training["cut"]["from"]), Path(training["cut"]["to"]), training["cut"]["step"])
-        os.environ["LOCAL_WORLD_SIZE"] = "1" if training["slow"] else os.environ["WORLD_SIZE"]
+        apart = training["slow"] or training["speeds"]
+        os.environ["LOCAL_WORLD_SIZE"] = "1" if apart else os.environ["WORLD_SIZE"]
+        choice.alone = told(alone, training["speeds"]) if training["speeds"] else alone
+        later = iter(training["later"] or [])
+        meter.own_seconds = lambda found, shares, later=later: next(later, None) or own_seconds(found, shares)
         session.resolve_precision = scaled if training.get("scaled") else resolve_precision
         os.environ["MASTER_PORT"] = str(training["port"])
         if code := main(["train", *training["arguments"]]):
@@ -109,7 +141,8 @@ if __name__ == "__main__":
     Session.finish_epoch, Session.complete = noted(Session.finish_epoch), noted(Session.complete)
     resolve_precision = session.resolve_precision
     device.DTYPES["fp16"] = torch.bfloat16
-    Session.step = overflowing(Session.step)
+    alone, own_seconds = choice.alone, meter.own_seconds
+    Session.step = keeping_gradients(overflowing(Session.step))
     choice.measure = slow(choice.measure)
     LocalSGD._average_movement = noted_when_averaged(LocalSGD._average_movement)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"

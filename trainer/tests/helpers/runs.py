@@ -60,6 +60,7 @@ def history(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         del record["images_per_second"], record["seconds"], record["checkpoint_seconds"]
+        record.pop("speed", None)  # of several machines
     return records
 
 

@@ -49,7 +49,8 @@ def test_a_machine_without_a_number_must_be_told(environment):
     [
         (["--nnodes=2", "--node-rank=2"], "must be from 0 to 1"),
         (["--nnodes=2", "--node-rank=1"], "--master-addr"),
-        (["--nproc-per-node=3"], "3 ranks can't share equally"),
+        (["--nproc-per-node=3"], "3 ranks can't share: each needs one; set micro_batch to 50, or start 2 ranks"),
+        (["--nproc-per-node=2", "--set=distributed.comm=local-sgd", "--set=micro_batch=50"], "can't share equally"),
         (["--master-port=70000"], "1 to 65535"),
         (["--wait=0"], "above 0"),
         (["--set=epohcs=3"], "did you mean 'epochs'"),
@@ -204,7 +205,9 @@ def test_the_driver_is_asked_where_there_are_no_device_files(tmp_path):
         (0, 2, [], 1),
         (1, 1, [], 1),
         (1, 2, [], 1),
-        (4, 1, ["micro_batch=50"], 1),  # 5 micro-batches
+        (4, 1, ["micro_batch=50"], 3),  # 5 micro-batches: 2 + 2 + 1, and four ranks would be no faster
+        (4, 1, ["micro_batch=50", "distributed.comm=local-sgd"], 1),
+        (0, 1, ["micro_batch=50"], 2),
         (4, 1, ["global_batch=1000"], 4),
         (3, 1, [], 2),  # 2 micro-batches
         (8, 1, ["hardware.device=cpu"], 2),

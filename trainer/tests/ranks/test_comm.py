@@ -44,7 +44,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(folder: Path, data: Path, trainings: list[dict], ranks: int = 2):
-    """Run the trainings (keys: name, sets, cut, slow) in the same ranks; returns the finished torchrun."""
+    """Run the trainings (keys: name, sets, comm_ranks.py's) in the same ranks; returns the finished torchrun."""
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     plan = []
     for port, training in zip(free_ports(len(trainings)), trainings, strict=True):
@@ -52,9 +52,10 @@ def start(folder: Path, data: Path, trainings: list[dict], ranks: int = 2):
         sets = [part for value in training["sets"] for part in ("--set", value)]
         cut = training.get("cut")
         if cut:
-            cut = {"from": str(folder / cut), "to": str(folder / training["name"]), "step": CUT_AT}
+            places = {"from": str(folder / cut), "to": str(folder / training["name"])}
+            cut = places | {"step": training.get("cut_at", CUT_AT)}
         plan.append({"port": port, "arguments": [*paths, "--name", training["name"], *sets], "cut": cut})
-        plan[-1] |= {key: training.get(key, False) for key in ("slow", "scaled")}
+        plan[-1] |= {key: training.get(key, False) for key in ("slow", "scaled", "speeds", "later")}
     (folder / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return run([*command, str(HELPERS / "comm_ranks.py"), str(folder / "plan.json")], timeout=280)

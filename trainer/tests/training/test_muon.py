@@ -61,14 +61,14 @@ def test_shared_among_ranks_equals_alone():
         for parameter, gradient in zip(mine, gradients, strict=True):
             parameter.grad = gradient.clone()
         optimizer = build(mine)
-        optimizer.share(rank, 3, lambda flat: parts.append(flat.clone()))
+        optimizer.share(rank, [1.0] * 3, lambda flat: parts.append(flat.clone()))
         optimizer.step()
     assert all(part.count_nonzero() < part.numel() / 2 + 600 for part in parts), "each computes its part only"
     together = convolutions()
     for parameter, gradient in zip(together, gradients, strict=True):
         parameter.grad = gradient.clone()
     optimizer = build(together)
-    optimizer.share(0, 3, lambda flat: flat.add_(parts[1]).add_(parts[2]))
+    optimizer.share(0, [1.0] * 3, lambda flat: flat.add_(parts[1]).add_(parts[2]))
     optimizer.step()
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one, other)
@@ -93,10 +93,14 @@ def test_step_moves_weights_of_fixed_norm_by_the_learning_rate():
 def test_work_is_divided_evenly_and_counted(resnet18):
     hidden = [layer.weight for layer in resnet18.modules() if isinstance(layer, nn.Conv2d)][1:]
     costs = [muon.flops(weight, 5) for weight in hidden]
-    for ranks in (1, 2, 4):
-        owners = muon.divide(hidden, 5, ranks)
-        busy = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(ranks)]
-        assert max(busy) < 1.35 * sum(costs) / ranks
+    for speeds in ([1.0], [1.0] * 2, [1.0] * 4, [2.0, 1.0]):
+        owners = muon.divide(hidden, 5, speeds)
+        assert set(owners) == set(range(len(speeds)))
+        busy = [
+            sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) / speed
+            for rank, speed in enumerate(speeds)
+        ]
+        assert max(busy) < 1.35 * sum(costs) / sum(speeds)
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

@@ -167,6 +167,9 @@ class Distributed(_Section):
     `powersgd`, which costs accuracy."""
     powersgd_rank: int = Field(4, ge=1, le=64)
     """Rank of PowerSGD's matrices: more is more exact, and more bytes."""
+    share: Literal["auto", "equal"] = "auto"
+    """Who computes how much of a global batch: `equal`, as equal as whole micro-batches can be, or `auto`: on several
+    machines by speed, measured when the ranks meet and followed from epoch to epoch. Local SGD takes equal shares."""
     local_sgd_steps: int = Field(8, ge=1, le=10000)
     """Steps between two averagings of local SGD; on a very slow wire `auto` takes up to four times as many."""
     storage: Literal["shared", "local"] = "shared"
@@ -268,6 +271,11 @@ class Config(_Section):
         """The run folder."""
         return Path(self.runs_dir) / (self.name or self.recipe)
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a global batch."""
+        return self.global_batch // self.micro_batch
+
     def identity(self) -> dict[str, Any]:
         """Flat view, `a.b` -> value, of the keys that decide the weights."""
         values = self.model_dump(mode="json")
@@ -301,19 +309,19 @@ class Config(_Section):
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """Raise ValueError unless every rank gets the same number of whole micro-batches."""
-    micro_batches = config.global_batch // config.micro_batch
-    if micro_batches % world_size == 0:
-        return
-    if config.global_batch % world_size:
+    """Raise ValueError unless each rank gets a micro-batch, and all as many where each steps by itself (local SGD)."""
+    batch, micro_batches = config.global_batch, config.micro_batches
+    told = f"global_batch {batch} is {micro_batches} micro-batches of {config.micro_batch}, which {world_size} ranks"
+    if micro_batches < world_size:
+        fits = _nearest_divisor(batch, max(1, batch // world_size))
+        fix = f"micro_batch to {fits}" if fits > 1 else f"global_batch to {world_size * config.micro_batch}"
+        raise ValueError(f"{told} can't share: each needs one; set {fix}, or start {micro_batches} ranks")
+    if config.distributed.comm == "local-sgd" and micro_batches % world_size:
         unit = world_size * config.micro_batch
-        fix = f"set global_batch to a multiple of {unit}, e.g. {-(-config.global_batch // unit) * unit}"
-    else:
-        fix = f"set micro_batch to {_nearest_divisor(config.global_batch // world_size, config.micro_batch)}"
-    raise ValueError(
-        f"global_batch {config.global_batch} is {micro_batches} micro-batches of {config.micro_batch}, "
-        f"which {world_size} ranks can't share equally; {fix}"
-    )
+        raise ValueError(
+            f"{told} can't share equally, as distributed.comm=local-sgd asks; set distributed.comm=auto, or "
+            f"global_batch to a multiple of {unit}, e.g. {-(-batch // unit) * unit}"
+        )
 
 
 def _nearest_divisor(number: int, limit: int) -> int:

@@ -1,12 +1,13 @@
 """Which sample goes where: a stateless order, the same for every world size.
 
 The order of an epoch is a permutation of (seed, epoch). It is cut into global batches, a global batch into
-micro-batches, and rank r of W takes the r-th W-th of each global batch's micro-batches. So the sequence of global
-batches, and what batch normalisation sees together, does not depend on W.
+micro-batches, and the ranks take them in turn: the first so many of each global batch are rank 0's, the next so many
+rank 1's. So the sequence of global batches, and what batch normalisation sees together, depends on no division.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,9 @@ class Order:
             order = order.repeat(-(-total // self.count))
         return order[:total].view(self.steps_per_epoch, -1, self.micro_batch)
 
-    def share(self, epoch: int, rank: int, world_size: int) -> torch.Tensor:
-        """One rank's part of `epoch`, int64 [steps_per_epoch, micro-batches / world size, micro_batch]."""
-        return self.epoch(epoch).chunk(world_size, dim=1)[rank]
+    def share(self, epoch: int, rank: int, counts: Sequence[int]) -> torch.Tensor:
+        """One rank's part of `epoch`, int64 [steps_per_epoch, counts[rank], micro_batch].
+
+        `counts`: micro-batches of a global batch by rank.
+        """
+        return self.epoch(epoch).split(list(counts), dim=1)[rank]

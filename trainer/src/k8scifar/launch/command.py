@@ -129,13 +129,17 @@ def _check_host_name(master: str) -> None:
 def processes(config: Config, nnodes: int, environment: Mapping[str, str]) -> int:
     """Processes on this machine where nobody says how many: its GPUs; without, two alone, else one.
 
-    Fewer where the micro-batches could not be shared equally: on one machine that is for us to choose.
+    On one machine that is for us to choose: no more than it takes for the largest share to be as small as it can be.
     """
     gpus = machine.usable_gpus(environment) if config.hardware.device != "cpu" else 0
     if nnodes > 1:
         return gpus or 1
-    wanted, micro_batches = gpus or CPU_PROCESSES, config.global_batch // config.micro_batch
-    count = next(count for count in range(wanted, 0, -1) if micro_batches % count == 0)
+    wanted, micro_batches = gpus or CPU_PROCESSES, config.micro_batches
+    if config.distributed.comm == "local-sgd":
+        count = next(count for count in range(wanted, 0, -1) if micro_batches % count == 0)
+    else:
+        largest = -(-micro_batches // wanted)
+        count = -(-micro_batches // largest)
     if count < gpus:
         say(f"{count} of {gpus} GPUs are used: a global batch is {micro_batches} micro-batches; lower micro_batch")
     return count

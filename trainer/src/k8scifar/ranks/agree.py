@@ -35,9 +35,13 @@ def meet(world: World, facts: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def average(tensors: list[torch.Tensor], world: World, dtype: torch.dtype = torch.float64) -> None:
-    """Replace each tensor by its mean over the ranks; in float64 values that are equal stay what they are."""
+def average(tensors: list[torch.Tensor], world: World, dtype: torch.dtype = torch.float64, weight: float = 1.0) -> None:
+    """Replace each tensor by its mean over the ranks; in float64 values that are equal stay what they are.
+
+    `weight`: how much this rank's count; 1 in the mean over the ranks.
+    """
     flat = torch.cat([tensor.flatten().to(dtype) for tensor in tensors])
+    flat *= weight
     world.pulse.arrive()
     dist.all_reduce(flat)
     flat /= world.size

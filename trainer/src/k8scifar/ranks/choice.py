@@ -6,8 +6,9 @@ that its checkpoint names, however fast the wire is by then.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config.schema import Config
+from k8scifar.ranks.agree import gather
 from k8scifar.ranks.device import autocast
 from k8scifar.ranks.exchange import KINDS, SharesWork
+from k8scifar.ranks.shares import Speeds, duration
 from k8scifar.ranks.world import World
 
 GOOD = 0.95  # of the fastest choice's speed is enough: the most exact choice that promises it is taken
@@ -44,9 +47,10 @@ class Times:
 
     gradients: float  # an all-reduce of all gradients, float32
     rounded: float  # the same in bfloat16, rounding and return included
-    compute: float  # forward and backward of a step, nothing sent
+    compute: float  # forward and backward of a step with equal shares, nothing sent
     exposed: float  # what the float32 all-reduce, bucket by bucket beside the backward pass, adds to that
     updates: float = 0.0  # Muon's directions of all weights, on one rank
+    divided: float | None = None  # as `compute`, the shares as the ranks' speeds would have them; None: equal
 
 
 def choose(
@@ -69,6 +73,8 @@ def choose(
         return Choice("allreduce", every), "all ranks are on one machine"
     times = measure()
     steps = predict(times, every, world.size)
+    if config.micro_batches % world.size:  # local SGD needs equal shares
+        steps = {choice: seconds for choice, seconds in steps.items() if choice.mode != "local-sgd"}
     index = torch.tensor([list(steps).index(best(steps))])
     dist.broadcast(index, 0, group=world.host_group)
     told = ", ".join(f"{choice} {seconds:.2f}" for choice, seconds in steps.items())
@@ -92,9 +98,12 @@ def predict(times: Times, every: int, ranks: int) -> dict[Choice, float]:
     # Muon's directions are divided among the ranks and exchanged in 16 bits; under local SGD each rank has its own.
     divided = times.updates / ranks + (times.rounded if times.updates else 0.0)
     seconds = {Choice("allreduce", every): times.exposed + divided, Choice("bf16", every): rounded + divided}
+    compute = times.compute if times.divided is None else times.divided
+    seconds = {choice: compute + extra for choice, extra in seconds.items()}
     for stretch in STRETCH:
-        seconds[Choice("local-sgd", stretch * every)] = times.updates + times.rounded / (stretch * every)
-    return {choice: times.compute + extra for choice, extra in seconds.items()}
+        period = stretch * every
+        seconds[Choice("local-sgd", period)] = times.compute + (times.updates + times.rounded / period)
+    return seconds
 
 
 def best(steps: dict[Choice, float]) -> Choice:
@@ -103,30 +112,56 @@ def best(steps: dict[Choice, float]) -> Choice:
     return next(choice for choice, seconds in steps.items() if fastest >= GOOD * seconds)
 
 
-def measure(
-    ddp: DistributedDataParallel,
-    optimizer: torch.optim.Optimizer,
-    inputs: torch.Tensor,
-    labels: torch.Tensor,
-    micro_batches: int,
-    precision: str,
-    world: World,
-) -> Times:
-    """Time the wire and a step of `micro_batches` batches like this one; collective. Leaves the model as it was."""
-    buffers = [(buffer, buffer.clone()) for buffer in ddp.buffers()]
+@dataclass(frozen=True)
+class Trial:
+    """A micro-batch to be timed; whatever is tried, the model stays as it is."""
 
-    def step(net: nn.Module) -> None:
-        with autocast(world.device, precision):
+    ddp: DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    batch: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # makes inputs and labels as training does
+    precision: str
+    world: World
+
+    def step(self, net: nn.Module) -> None:
+        """Forward and backward."""
+        inputs, labels = self.batch()
+        with autocast(self.world.device, self.precision):
             logits = net(inputs)
         F.cross_entropy(logits.float(), labels).backward()
 
-    step(ddp.module)  # the first is slower
-    compute = _slowest(min(_seconds(lambda: step(ddp.module), world) for _ in range(2)), world)
-    beside = _repeated(lambda: step(ddp), world, compute)
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
-    ddp.zero_grad(set_to_none=False)
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Put back what steps within it change: running statistics and gradients."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.ddp.buffers()]
+        yield
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        self.ddp.zero_grad(set_to_none=False)
+
+
+def alone(trial: Trial, pixels: int) -> Speeds:
+    """Time each rank's own step, all ranks at once as in training, nothing sent; collective."""
+    world, updates = trial.world, 0.0
+    with trial.undone():
+        trial.step(trial.ddp.module)  # the first is slower
+        seconds = min(_seconds(lambda: trial.step(trial.ddp.module), world) for _ in range(2))
+    if isinstance(trial.optimizer, SharesWork):
+        updates = min(_seconds(trial.optimizer.rehearse, world) for _ in range(2))
+    everyone = gather(torch.tensor([seconds, updates], dtype=torch.float64), world)
+    return Speeds(everyone[:, 0].tolist(), everyone[:, 1].tolist(), pixels)
+
+
+def measure(trial: Trial, speeds: Speeds, counts: list[int]) -> Times:
+    """Time the wire beside a step; collective.
+
+    Args:
+        speeds: as `alone` found them.
+        counts: the ranks' micro-batches, in the division that there would be.
+    """
+    ddp, world, compute = trial.ddp, trial.world, max(speeds.micro_batch)
+    with trial.undone():
+        beside = _repeated(lambda: trial.step(ddp), world, compute)
     flat = torch.zeros(sum(parameter.numel() for parameter in ddp.parameters()), device=world.device)
 
     def rounded() -> None:
@@ -135,10 +170,14 @@ def measure(
         flat.copy_(small)
 
     gradients = _repeated(lambda: dist.all_reduce(flat), world)
-    exposed, updates = max(beside - compute, 0.0), 0.0
-    if isinstance(optimizer, SharesWork):
-        updates = _repeated(optimizer.rehearse, world)
-    return Times(gradients, _repeated(rounded, world), micro_batches * compute, exposed, updates)
+    return Times(
+        gradients,
+        _repeated(rounded, world),
+        sum(counts) / len(counts) * compute,
+        max(beside - compute, 0.0),
+        max(speeds.updates),
+        duration(counts, speeds.micro_batch),
+    )
 
 
 def _repeated(work: Callable[[], Any], world: World, known: float = 0.0) -> float:

@@ -8,7 +8,7 @@ ranks share, and in one row for each rank what is its own.
 
 # No `from __future__ import annotations`: DistributedDataParallel reads a hook's annotations, not their text.
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,7 +25,7 @@ from k8scifar.ranks.world import World
 class SharesWork(Protocol):
     """An optimiser whose work on the matrices can be divided among the ranks (Muon)."""
 
-    def share(self, rank: int, size: int, add: Callable[[torch.Tensor], None]) -> None: ...
+    def share(self, rank: int, speeds: Sequence[float], add: Callable[[torch.Tensor], None]) -> None: ...
 
     def rehearse(self) -> None: ...
 
@@ -48,8 +48,12 @@ class AllReduce:
         self._world, self._ddp, self._optimizer = world, ddp, optimizer
         self.mark: Callable[[str], None] = lambda part: None  # of the step's clock
         self._parameters = [parameter for parameter in ddp.parameters() if parameter.requires_grad]
-        if self.shares_updates and isinstance(optimizer, SharesWork):
-            optimizer.share(world.rank, world.size, self._add)
+        self.divide_updates([1.0] * world.size)
+
+    def divide_updates(self, speeds: Sequence[float]) -> None:
+        """Divide the optimiser's work among the ranks by these speeds, where that is of this mode."""
+        if self.shares_updates and isinstance(self._optimizer, SharesWork):
+            self._optimizer.share(self._world.rank, speeds, self._add)
 
     @property
     def model(self) -> nn.Module:
@@ -108,7 +112,7 @@ class AllReduce:
         self.mark("communication")
         self._world.pulse.arrive()
         dist.all_reduce(updates)
-        self.mark("compute")
+        self.mark("updates")
 
     def _average_weights(self) -> None:
         """Replace the weights by their mean over the ranks, float32; collective."""

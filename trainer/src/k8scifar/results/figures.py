@@ -74,6 +74,47 @@ def curves(series: dict[str, list[tuple[float, float]]], percent: bool = False) 
     return figure
 
 
+def bars(values: dict[str, float], beside: float) -> Figure:
+    """Images a second by name as horizontal bars, the last in a colour of its own; a line at `beside`, the ideal."""
+    figure = Figure(figsize=(6.4, 0.7 + 0.36 * len(values)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    places = range(len(values) - 1, -1, -1)
+    axes.barh(places, values.values(), color=[FIRST] * (len(values) - 1) + [SECOND], height=0.62)
+    for place, value in zip(places, values.values(), strict=True):
+        inside = value > 0.15 * max(values.values())
+        colour, side = ("white", "right") if inside else (INK, "left")
+        axes.text(value, place, f" {value:,.0f} ", ha=side, va="center", color=colour, fontsize=9)
+    axes.axvline(beside, color=INK, linewidth=1.0, linestyle="--")
+    axes.set_yticks(places, values)
+    axes.set_xlim(0, 1.12 * max(*values.values(), beside))
+    axes.set_xlabel("images a second; dashed: the sum of the machines alone")
+    axes.spines[["top", "right"]].set_visible(False)
+    _colour(axes, size=9)
+    return figure
+
+
+def scaling(ranks: list[int], rates: list[float]) -> Figure:
+    """Speed-up and efficiency over the number of ranks, beside the ideal; `rates`: images a second."""
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    speedups = [rate / rates[0] * ranks[0] for rate in rates]
+    efficiencies = [speedup / count for speedup, count in zip(speedups, ranks, strict=True)]
+    for axes, ideal, measured, title in (
+        (left, ranks, speedups, "speed-up"),
+        (right, [1.0] * len(ranks), efficiencies, "efficiency"),
+    ):
+        axes.plot(ranks, ideal, color=INK, linewidth=1.0, linestyle="--", label="ideal")
+        axes.plot(ranks, measured, color=SECOND, linewidth=1.6, marker="o", markersize=4, label="measured")
+        axes.set(xlabel="ranks", ylabel=title, xticks=ranks, ylim=(0, 1.08 * max(*ideal, *measured)))
+        axes.grid(color=LINE, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower right")
+        _colour(axes)
+    return figure
+
+
 def svg(figure: Figure) -> str:
     """A figure as an <svg> element without a background; equal for equal figures."""
     content = io.StringIO()

@@ -23,6 +23,7 @@ import k8scifar
 from k8scifar.data import packed
 from k8scifar.errors import UserError
 from k8scifar.files import write_atomically
+from k8scifar.results.speedup import sentence
 from k8scifar.results.summary import MARKER, beside, read_summary, with_todays_names
 from k8scifar.urls import local
 
@@ -116,6 +117,7 @@ def page(folder: Path, summary: dict[str, Any], split: packed.Split | None) -> s
         mistakes=_mistakes(summary.get("mistakes", []), classes, split),
         split=split is not None,
         parts=time_parts(curves, summary),
+        machines=_machines(summary),
         history=history,
         config=_text(folder / "config.yaml"),
         version=k8scifar.__version__,
@@ -220,6 +222,19 @@ def _plots(history: list[dict[str, Any]], curves: dict[str, Curve], summary: dic
         matrix = figures.confusion(torch.tensor(summary["confusion"]), list(summary["per_class"]))
         made.append({"title": "Confusion matrix", "svg": Markup(figures.svg(matrix))})
     return made
+
+
+def _machines(summary: dict[str, Any]) -> dict[str, Any] | None:
+    """Sentence, SVG and shares of a run on several machines; None of others."""
+    if not (speed := summary.get("machines")):
+        return None
+    from markupsafe import Markup
+
+    from k8scifar.results import figures
+
+    alone = {f"node {node} alone": rate for node, rate in enumerate(speed["alone"])}
+    picture = figures.bars(alone | {"together": speed["together"]}, sum(speed["alone"]))
+    return {"sentence": sentence(speed), "svg": Markup(figures.svg(picture)), "shares": speed["shares"]}
 
 
 def _pairs(confusion: list[list[int]], classes: list[str]) -> list[dict[str, Any]]:

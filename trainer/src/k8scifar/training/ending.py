@@ -12,6 +12,7 @@ from k8scifar.errors import TrainingError
 from k8scifar.ranks import agree
 from k8scifar.results import report
 from k8scifar.results.outcome import mistakes
+from k8scifar.results.speedup import sentence
 from k8scifar.results.summary import describe
 from k8scifar.training.summary import summarise
 
@@ -45,6 +46,8 @@ def end(session: Session) -> dict[str, Any]:
     session.tell_drift([facts["written"] if facts else (0, 0) for facts in kept])
     summary = done[0]["summary"]
     session.display.text("summary", json.dumps(summary, indent=1))
+    if speed := summary.get("machines"):
+        session.display.write(sentence(speed))
     session.display.write(describe(summary, session.folder.path))
     return summary
 

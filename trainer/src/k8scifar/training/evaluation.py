@@ -1,14 +1,14 @@
 """Exact evaluation, however the test images divide among the ranks.
 
-The images are cut into batches that do not depend on the world size; rank r takes batches r, r + W, ... The metrics
-are torchmetrics', reduced over the ranks by sums of counts. Sums over images are taken in image order once every
-rank's part is in place, so that the loss, too, is the same number for every world size.
+The images are cut into batches that do not depend on the world size; the ranks take them in turn, a faster rank more
+of them. The metrics are torchmetrics', reduced over the ranks by sums of counts. Sums over images are taken in image
+order once every rank's part is in place, so that the loss, too, is the same number for every world size.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def evaluate(
     limit: int = 0,
     tta: bool = False,
     precision: str = "fp32",
+    turns: Sequence[int] = (),
     keep_going: Callable[[], bool] = lambda: True,
 ) -> Outcome:
     """Evaluate `net` on `images`; collective, and the same on all ranks.
@@ -44,6 +45,7 @@ def evaluate(
         pixels: resolution of the images, the one last trained at.
         batch: images a forward pass.
         limit: use only this many images, evenly spaced; 0: all.
+        turns: batches of each round by rank; empty: one each.
         tta: also report the accuracy of the mean of the logits of an image and its mirror image.
         keep_going: asked before each round of batches by all ranks; False on all ranks stops.
 
@@ -66,22 +68,23 @@ def evaluate(
     net.eval()
     try:
         places = torch.arange(count, device=device).split(batch)
-        for first in range(0, len(places), world.size):
+        takers = [rank for rank, count in enumerate(turns or [1] * world.size) for _ in range(count)]
+        for first in range(0, len(places), len(takers)):
             if not keep_going():
                 raise Stopped
-            if first + world.rank >= len(places):
-                continue
-            at = places[first + world.rank]
-            labels = images.labels[samples[at]]
-            inputs = images.plain(samples[at], pixels)
-            with torch.inference_mode(), autocast(device, precision):
-                logits = net(inputs).float()
-                both = (logits + net(inputs.flip(3)).float()) / 2 if tta else None
-            for metric in (plain, top5, each, confusion):
-                metric.update(logits, labels)
-            kept.update(at, F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1))
-            if both is not None:
-                mirrored.update(both, labels)
+            for at, taker in zip(places[first : first + len(takers)], takers, strict=False):
+                if taker != world.rank:
+                    continue
+                labels = images.labels[samples[at]]
+                inputs = images.plain(samples[at], pixels)
+                with torch.inference_mode(), autocast(device, precision):
+                    logits = net(inputs).float()
+                    both = (logits + net(inputs.flip(3)).float()) / 2 if tta else None
+                for metric in (plain, top5, each, confusion):
+                    metric.update(logits, labels)
+                kept.update(at, F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1))
+                if both is not None:
+                    mirrored.update(both, labels)
     finally:
         net.train(was_training)
     with warnings.catch_warnings():  # a rank without images has updated no metric: that is no news

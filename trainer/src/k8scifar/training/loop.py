@@ -70,12 +70,15 @@ def train(session: Session, stop: threading.Event) -> None:
     clock, agreement, images = session.clock, session.agreement, session.train_images
     first_layer = next(state.net.parameters())  # backward reaches it last: what follows is waiting for the ranks
 
+    is_last = True  # of this rank's micro-batches in a step: after it the ranks exchange
+
     def computed(_: torch.Tensor) -> None:
-        clock.mark("communication")
-        world.pulse.arrive()
+        if is_last:
+            clock.mark("communication")
+            world.pulse.arrive()
 
     hook = first_layer.register_post_accumulate_grad_hook(computed)
-    share, share_epoch = None, -1
+    mine, mine_epoch = None, -1
     bad = False
     while True:
         # The end of an epoch: evaluate, record, save.
@@ -96,10 +99,11 @@ def train(session: Session, stop: threading.Event) -> None:
         # One step: this rank's micro-batches of the global batch.
         agreement.begin(stop=stop.is_set(), save=session.wants_checkpoint, bad=bad)
         epoch, step_in_epoch = divmod(state.step, plan.steps_per_epoch)
-        if share_epoch != epoch:
-            share, share_epoch = plan.order.share(epoch, world.rank, world.size).to(world.device), epoch
+        if mine_epoch != epoch:
+            mine, mine_epoch = plan.order.share(epoch, world.rank, state.shares.counts).to(world.device), epoch
         pixels, lr = plan.pixels(state.step), plan.lr(state.step)
-        micro_batches = share[step_in_epoch]
+        micro_batches = mine[step_in_epoch]
+        session.meter.begin(pixels)
         optim.set_lr(state.optimizer, lr)
         step_loss = torch.zeros((), dtype=torch.float64, device=world.device)
         for index, samples in enumerate(micro_batches):
@@ -115,14 +119,14 @@ def train(session: Session, stop: threading.Event) -> None:
                 ):
                     logits = state.exchange.model(inputs)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-                state.scaler.scale(loss / len(micro_batches)).backward()
+                state.scaler.scale(loss / state.shares.mean).backward()  # the ranks' gradients are averaged
             with torch.no_grad():
                 step_loss += loss / len(micro_batches)
                 state.sums[0] += loss * len(labels)
                 state.sums[1] += (logits.argmax(1) == labels).sum()
                 state.sums[2] += len(labels)
         state.exchange.after_backward()
-        clock.mark("compute")
+        clock.mark("updates")
         session.step()
         state.optimizer.zero_grad(set_to_none=False)  # the gradients are views into DDP's buckets
         state.step += 1

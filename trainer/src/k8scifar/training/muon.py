@@ -11,7 +11,7 @@ use in a model like this, Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,11 +35,14 @@ class Muon(torch.optim.SGD):
         self._momentum, self._nesterov, self._iterations = settings["momentum"], settings["nesterov"], iterations
         plain = {"momentum": 0.0, "nesterov": False}  # SGD's part in a group of Muon
         super().__init__([group | plain if group.get("muon") else group for group in groups], **settings)
-        self.share(0, 1, lambda flat: None)
+        self.share(0, [1.0], lambda flat: None)
 
-    def share(self, rank: int, size: int, add: Callable[[torch.Tensor], None]) -> None:
-        """From now on this rank computes its part of the directions; `add` sums a tensor over the ranks in place."""
-        self._rank, self._add, self._owners = rank, add, divide(self.hidden, self._iterations, size)
+    def share(self, rank: int, speeds: Sequence[float], add: Callable[[torch.Tensor], None]) -> None:
+        """From now on this rank computes its part of the directions; `add` sums a tensor over the ranks in place.
+
+        `speeds`: of all ranks, in any unit.
+        """
+        self._rank, self._add, self._owners = rank, add, divide(self.hidden, self._iterations, speeds)
 
     @property
     def hidden(self) -> list[nn.Parameter]:
@@ -109,12 +112,13 @@ def orthogonal(gradient: torch.Tensor, iterations: int) -> torch.Tensor:
     return out if rows <= columns else out.T
 
 
-def divide(parameters: list[nn.Parameter], iterations: int, ranks: int) -> list[int]:
-    """The rank that computes each convolution's direction: the dearest first, each to the least busy rank."""
-    busy, owners = [0.0] * ranks, [0] * len(parameters)
+def divide(parameters: list[nn.Parameter], iterations: int, speeds: Sequence[float]) -> list[int]:
+    """The rank that computes each convolution's direction: the dearest first, each to the one that is soonest done."""
+    busy, owners = [0.0] * len(speeds), [0] * len(parameters)
     costs = [flops(parameter, iterations) for parameter in parameters]
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        owners[index] = busy.index(min(busy))
+        done = [(so_far + costs[index]) / speed for so_far, speed in zip(busy, speeds, strict=True)]
+        owners[index] = done.index(min(done))
         busy[owners[index]] += costs[index]
     return owners
 

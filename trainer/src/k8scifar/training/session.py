@@ -15,14 +15,14 @@ from k8scifar.console import say
 from k8scifar.data import packed
 from k8scifar.data.augment import Images
 from k8scifar.errors import TrainingError, UserError
-from k8scifar.ranks import agree, choice
+from k8scifar.ranks import agree
 from k8scifar.ranks.device import resolve_precision
 from k8scifar.ranks.world import World, settle
 from k8scifar.results.display import Display
 from k8scifar.results.outcome import Outcome
 from k8scifar.results.progress import epoch_line
 from k8scifar.results.run_folder import RunFolder
-from k8scifar.training import checkpoint, ending, model, scaling
+from k8scifar.training import checkpoint, ending, meter, model, scaling, work
 from k8scifar.training.clock import StepClock
 from k8scifar.training.evaluation import evaluate
 from k8scifar.training.plan import Plan
@@ -50,11 +50,13 @@ class Session:
         # and decides which of the checkpoint's tensors there are to be restored.
         self.state = State.fresh(config, manifest, world, self.train_images, self.precision)
         payload = checkpoint.decode(found, "the checkpoint") if found is not None else None
-        why = self._choose_exchange(payload)
+        why, why_so = work.settle(config, world, self.state, plan, self.train_images, self.precision, payload)
         changed = self.state.restore(payload) if payload else ""
         self.first_step = self.state.step
         self.agreement = agree.Agreement(world, ("stop", "save", "bad"))
-        self.clock = StepClock(world.device, running=world.is_main)
+        several = world.local_size < world.size
+        self.clock = StepClock(world.device, running=world.is_main or several)
+        self.meter = meter.Meter(self.clock, world, running=several)
         self.state.exchange.mark = self.clock.mark
         # Last what people see and what writes: nothing is shown or written of a run that could not be opened.
         self.display = Display(config, manifest, self.plan, self.first_step, world.is_main, self._hint())
@@ -71,6 +73,7 @@ class Session:
         self.outcome: Outcome | None = None
         if world.size > 1:
             self.display.write(f"communication: {self.state.exchange.label}; {why}")
+        self._tell_shares(why_so)
         if changed:
             self.display.write(f"going on with other settings than the checkpoint's: {changed}")
         self.display.write(self.headline())
@@ -111,6 +114,7 @@ class Session:
         A volume that is still busy with former ones makes it leave this one out, unless it `must` be written.
         """
         begun, state = time.monotonic(), self.state
+        self.clock.mark("saving")
         settle(self.world)
         behind = not must and (not self._writer or self._writer.behind)  # it is left out where no node can take it
         written = self._writer.written if self._writer else (0, 0)
@@ -126,6 +130,7 @@ class Session:
             self._writer.save(payload, state.step, best_step(state.history))
         self._saved = time.monotonic()
         self._stalled += self._saved - begun
+        self.clock.mark("between steps")
 
     def tell_drift(self, written: list[tuple[int, int]]) -> None:
         """Say so where the nodes' newest checkpoints of one step differ; `written`: each rank's checkpoint.Writer's."""
@@ -190,12 +195,13 @@ class Session:
         state, step = self.state, self.state.step
         epoch, final = step // self.plan.steps_per_epoch, step == self.plan.steps
         seconds = time.monotonic() - self._epoch_started
+        self.clock.mark("end of the epoch")
         sums = state.sums.clone()
         dist.all_reduce(sums)
         settle(self.world)
         self.check_finite(sums, step)
         self._equalise(agree.gather(state.digest(), self.world).flatten())
-        agree.average(state.statistics.running(), self.world)
+        agree.average(state.statistics.running(), self.world, weight=state.shares.weight(self.world.rank))
         pixels = self.plan.pixels(step - 1)
         record: dict[str, Any] = {
             "epoch": epoch,
@@ -214,12 +220,26 @@ class Session:
         record["images_per_second"] = round(steps_here * self.config.global_batch / max(seconds, 1e-9), 1)
         record["seconds"] = round(self._spent + time.monotonic() - self._started, 1)
         record["checkpoint_seconds"], self._stalled = round(self._stalled, 3), 0.0
+        found = self.meter.read()
+        if speed := meter.speed(found, state.shares, self.world, self.config.global_batch):
+            record["speed"] = speed
         if self.world.own_folders:
             record = agree.gather_json(record, self.world)[0]  # all nodes keep rank 0's times
         state.history.append(record)
         state.sums.zero_()
         self._record(record)
+        if found and not final:
+            own = meter.own_seconds(found, state.shares)
+            self._tell_shares(work.follow(self.config, self.world, state, own))
         self._epoch_started = time.monotonic()
+
+    def _tell_shares(self, text: str) -> None:
+        """Show a division in the log, if there is something to say, and on TensorBoard."""
+        if not text:
+            return
+        self.display.write(text)
+        counts = enumerate(self.state.shares.counts)
+        self.display.board.scalars({f"share/rank_{rank}": count for rank, count in counts}, self.state.step)
 
     def evaluate(self, pixels: int, final: bool, keep_going: Callable[[], bool]) -> Outcome:
         """Evaluate the weights; the last time on all images, with TTA."""
@@ -234,6 +254,7 @@ class Session:
             limit=0 if final else settings.interim_images,
             tta=settings.tta and final,
             precision=self.precision,
+            turns=[round(speed) for speed in self.state.shares.relative],
             keep_going=keep_going,
         )
 
@@ -250,23 +271,6 @@ class Session:
         """Finish what is being written; not collective."""
         self.close_writer()
         self.display.close()
-
-    def _choose_exchange(self, payload: dict[str, Any] | None) -> str:
-        """Settle how the ranks exchange what they learnt, before the state is restored; collective. Returns why."""
-        config, world, state, step = self.config, self.world, self.state, payload["step"] if payload else 0
-        same_size = payload and payload["world_size"] == world.size
-        kept = payload["comm"] if same_size and "comm" in payload else None
-
-        def measure() -> choice.Times:
-            count = config.global_batch // config.micro_batch // world.size
-            samples = torch.arange(config.micro_batch, device=world.device) % len(self.train_images)
-            images = self.train_images.plain(samples, self.plan.pixels(step))
-            labels = self.train_images.labels[samples]
-            return choice.measure(state.ddp, state.optimizer, images, labels, count, self.precision, world)
-
-        chosen, why = choice.choose(config, world, kept, model.parameters(state.net), measure)
-        state.communicate(chosen.mode, chosen.every)
-        return why
 
     def _record(self, record: dict[str, Any]) -> None:
         if not self.world.keeps:

@@ -17,6 +17,7 @@ from k8scifar.data.packed import Manifest
 from k8scifar.errors import UserError
 from k8scifar.ranks import exchange
 from k8scifar.ranks.agree import gather, gather_json, unflatten
+from k8scifar.ranks.shares import Shares, equal
 from k8scifar.ranks.world import World
 from k8scifar.results.summary import with_todays_names
 from k8scifar.training import compiling, model, optim, scaling
@@ -38,6 +39,7 @@ class State:
     statistics: model.Statistics  # each rank's own running statistics
     sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
     exchange: exchange.AllReduce | None  # how the ranks combine what they learnt, once it is chosen
+    shares: Shares  # who computes how much of a step
     first_bad: torch.Tensor  # int64 []: the step of this rank's first loss that was not finite, 0: none
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
@@ -76,6 +78,7 @@ class State:
             statistics,
             sums,
             None,
+            Shares(equal(config.micro_batches, world.size)),
             sums.new_zeros((), dtype=torch.int64),
         )
 
@@ -91,6 +94,11 @@ class State:
             self.exchange = exchange.LocalSGD(*parts, every=every)
         else:
             self.exchange = exchange.KINDS[mode](*parts)
+
+    def take_shares(self, shares: Shares) -> None:
+        """Divide the work so from now on: before `restore`, or when the ranks' statistics are equal."""
+        self.shares = shares
+        self.exchange.divide_updates(shares.relative)
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """Remember the step just done if its loss is the first that is not finite; nothing waits for a GPU here."""
@@ -172,6 +180,7 @@ class State:
             "optimizer": _to_cpu(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "local": local,
+            "share": self.shares.saved(),
             "comm": communication,
             "history": [dict(record) for record in self.history],
             "rng": torch.get_rng_state(),  # nothing draws from it while training; kept for what may come
@@ -188,10 +197,11 @@ class State:
             self.exchange.restore(saved)
         self.step, self.history = payload["step"], [with_todays_names(record) for record in payload["history"]]
         local = payload["local"]
-        if len(local) == self.world.size:
+        then = Shares.from_saved(payload.get("share"), sum(self.shares.counts), len(local))
+        if then.counts == self.shares.counts:
             self._set_local(local[self.world.rank])
-        else:  # another world size: the means of the statistics, the sums on rank 0
-            row = local.mean(0)
+        else:  # another division: the means of the statistics, the sums on rank 0
+            row = _mean(local, then)
             row[-3:] = local[:, -3:].sum(0) if self.world.is_main else 0.0
             self._set_local(row)
         torch.set_rng_state(payload["rng"])
@@ -199,7 +209,7 @@ class State:
 
     def _mean_statistics(self, local: torch.Tensor) -> dict[str, torch.Tensor]:
         """The running statistics that the ranks' average would leave, by state-dict name."""
-        mean, found, at = local.mean(0), {}, 0
+        mean, found, at = _mean(local, self.shares), {}, 0
         for name, layer in self.net.named_modules():
             if isinstance(layer, nn.BatchNorm2d):
                 for kind in ("running_mean", "running_var"):
@@ -254,6 +264,12 @@ def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest)
             f"give the run another --name{remedy}"
         )
     return told
+
+
+def _mean(rows: torch.Tensor, shares: Shares) -> torch.Tensor:
+    """The mean over the ranks of [world size, n] running statistics, each as its micro-batches count."""
+    weights = [shares.weight(rank) for rank in range(len(rows))]
+    return (rows * torch.tensor(weights, dtype=rows.dtype).unsqueeze(1)).mean(0)
 
 
 def _to_cpu(tree: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from k8scifar import versions
 from k8scifar.config.schema import COMM
+from k8scifar.results import speedup
 from k8scifar.results.outcome import Outcome
 from k8scifar.training import model, optim
 from k8scifar.training.plan import Plan
@@ -25,6 +26,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
     figures, last = outcome.figures, state.history[-1]
     flops = sum(count * model.training_flops(state.net, pixels) for pixels, count in plan.images_at().items())
     flops += plan.steps * optim.step_flops(state.optimizer)
+    machines = speedup.gathered(state.history)
     return {
         "accuracy": figures["accuracy"],
         "accuracy_tta": figures.get("accuracy_tta"),
@@ -48,7 +50,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
         "config_fingerprint": plan.config.fingerprint(),
         "identity": plan.config.identity() | {COMM: state.exchange.name if state.world.size > 1 else "auto"},
         "versions": versions.versions(),
-    }
+    } | ({"machines": machines} if machines else {})
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,87 @@
+"""Two hosts of a core each, one held to half of it by cgroup quota: shares by speed against equal ones; needs root."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness import HERE, CannotRun, Options
+from row_scaling import CORES, start, step
+
+TITLE = "Two hosts, one held to half a core"
+COMMAND = "make bench ROWS=unequal (root)"
+QUOTA = 0.5  # of a core
+MICRO_BATCHES = 10
+
+
+def measure(options: Options) -> dict:
+    """Recipe demo's first stage, 250 images in ten micro-batches of 25, plain all-reduce; seconds of the mean step.
+
+    "Alone" is each host training by itself, one after the other, the quota in force.
+    """
+    sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
+    if os.geteuid() or not all(map(shutil.which, ("ip", "unshare", "taskset"))) or (os.cpu_count() or 1) < 2:
+        raise CannotRun("needs root, two cores, ip, unshare and taskset")
+    import hosts
+
+    size = 2 if options.tiny else 25
+    values = {"global_batch": MICRO_BATCHES * size, "micro_batch": size}
+    rates, said = {}, ""
+    with quota(QUOTA) as group, hosts.two(tuple(CORES)) as pair:
+
+        def hold(host: str, process: int) -> None:  # what it starts is held with it
+            if host == pair[1].name:
+                (group / "cgroup.procs").write_text(str(process))
+
+        for name, machines, share in (
+            ("alone 0", pair[:1], "equal"),
+            ("alone 1", pair[1:], "equal"),
+            ("equal", pair, "equal"),
+            ("auto", pair, "auto"),
+        ):
+            found = start(
+                machines, options, "allreduce", together=len(machines) == 2, started=hold,
+                values=values | {"distributed__share": share}, steps=4 if options.tiny else 13,
+            )  # fmt: skip
+            rates[name] = values["global_batch"] / step(found)
+            said = found["shares"] or said
+            print(f"  {name}: {rates[name]:.1f} images/s", flush=True)
+    return {"rates": rates, "said": said, "n": 1}
+
+
+@contextlib.contextmanager
+def quota(cores: float) -> Iterator[Path]:
+    """A cgroup (version 1 or 2) whose processes have this many cores between them. Raises CannotRun."""
+    first, second = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
+    folder = (first if first.is_dir() else second) / f"k8scifar-bench-{os.getpid()}"
+    try:
+        folder.mkdir()
+        if first.is_dir():
+            (folder / "cpu.cfs_quota_us").write_text(str(int(cores * 100_000)))
+        else:
+            (folder / "cpu.max").write_text(f"{int(cores * 100_000)} 100000")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise CannotRun(f"needs a cgroup that can be written, to hold a host to half a core: {error}") from None
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def lines(found: dict) -> list[tuple[str, str, str]]:
+    """(what, measured, aim)."""
+    rates = found["rates"]
+    told = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
+    together, alone = rates["auto"], rates["alone 0"] + rates["alone 1"]
+    return [
+        (f"images/s, n = {found['n']}", f"{told} ({found['said']})", ""),
+        ("shares by speed over equal ones", f"{together / rates['equal']:.2f}x", "1.33x"),
+        ("shares by speed over the sum of both hosts alone", f"{together / alone:.2f}", "0.9"),
+    ]

@@ -1,0 +1,70 @@
+"""How the work of a step is settled: how the ranks communicate, and who computes how much, then and later."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from k8scifar.config.schema import Config
+from k8scifar.data.augment import Images
+from k8scifar.ranks import choice, shares
+from k8scifar.ranks.world import World
+from k8scifar.training import model
+from k8scifar.training.plan import Plan
+from k8scifar.training.state import State
+
+
+def settle(
+    config: Config,
+    world: World,
+    state: State,
+    plan: Plan,
+    images: Images,
+    precision: str,
+    payload: dict[str, Any] | None,
+) -> tuple[str, str]:
+    """Settle both for `state`, before `payload` (a checkpoint) is restored; collective. Returns why, for each.
+
+    `images`: the training split's.
+    """
+    kept = payload if payload and payload["world_size"] == world.size else {}
+    before = shares.Shares.from_saved(kept.get("share"), config.micro_batches, world.size) if kept else None
+    pixels = plan.pixels(payload["step"] if payload else 0)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        samples = torch.arange(config.micro_batch, device=world.device) % len(images)
+        inputs = images.augmented(samples, pixels, seed=config.seed, epoch=0, **dict(config.augment))
+        return inputs, images.labels[samples]
+
+    trial = choice.Trial(state.ddp, state.optimizer, batch, precision, world)
+    speeds = functools.cache(lambda: choice.alone(trial, pixels))
+
+    def wire() -> choice.Times:
+        counts = before.counts if before else shares.equal(config.micro_batches, world.size)
+        if config.distributed.share == "auto" and not before:
+            counts = shares.better(counts, speeds().micro_batch)
+        return choice.measure(trial, speeds(), counts)
+
+    chosen, why = choice.choose(config, world, kept.get("comm"), model.parameters(state.net), wire)
+    state.communicate(chosen.mode, chosen.every)
+    divided, why_so = shares.choose(config, world, before, chosen.mode, speeds)
+    state.take_shares(divided)
+    return why, why_so
+
+
+def follow(config: Config, world: World, state: State, seconds: list[float]) -> str:
+    """Divide the micro-batches anew if the ranks' speeds have changed enough for it; returns what to say of it.
+
+    `seconds`: of a micro-batch by rank, the same on all ranks.
+    """
+    old = state.shares
+    if old.speeds is None or not shares.follows(config, world, state.exchange.name):
+        return ""
+    counts = shares.better(old.counts, seconds)
+    if counts == old.counts:
+        return ""
+    now = old.speeds.now(seconds)
+    state.take_shares(shares.Shares(counts, now))
+    return f"shares: {state.shares} from step {state.step} on; {shares.slow(now, world)}"

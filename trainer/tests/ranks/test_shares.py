@@ -1,0 +1,238 @@
+"""Unequal shares of micro-batches: who gets how much, that the mathematics stays, that a resume is bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+
+import pytest
+import torch
+from runs import history, weights_hash
+from test_comm import CUT_AT, start
+
+from k8scifar.config import loading
+from k8scifar.ranks import choice, shares
+from k8scifar.ranks.choice import Choice, Times
+from k8scifar.ranks.shares import Shares, Speeds
+from k8scifar.results import report, speedup
+from k8scifar.training import checkpoint, meter
+
+SETS = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "micro_batch=25", "log.tensorboard=false"]
+SETS += ["optimizer.lr=0.001", f"checkpoint.every_steps={CUT_AT}"]
+TWICE = [2.0, 4.0]  # seconds of a micro-batch: rank 1 takes twice as long
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_data):
+    """Four micro-batches as 2 + 2 and as 3 + 1, in several modes, and resumed: (folder, what was said)."""
+    folder = tmp_path_factory.mktemp("shares")
+    sgd = [*SETS, "distributed.comm=allreduce", "epochs=2"]
+    muon = [*SETS, "distributed.comm=allreduce", "optimizer.name=muon"]
+    low_rank = [*SETS, "distributed.comm=powersgd"]
+    trainings = [
+        {"name": "sgd", "sets": [*sgd, "distributed.share=equal"], "speeds": TWICE},
+        {"name": "sgd-divided", "sets": sgd, "speeds": TWICE, "later": [[9.0, 3.0]]},
+        {"name": "sgd-resumed", "sets": sgd, "cut": "sgd-divided", "cut_at": 8, "speeds": [1.0, 1.0]},
+        {"name": "muon", "sets": [*muon, "distributed.share=equal"], "speeds": TWICE},
+        {"name": "muon-divided", "sets": muon, "speeds": TWICE},
+        {"name": "muon-resumed", "sets": muon, "cut": "muon-divided", "speeds": [1.0, 1.0]},
+        {"name": "powersgd-divided", "sets": low_rank, "speeds": TWICE},
+        {"name": "powersgd-resumed", "sets": low_rank, "cut": "powersgd-divided", "speeds": [1.0, 1.0]},
+        {"name": "bf16-divided", "sets": [*SETS, "distributed.comm=bf16"], "speeds": TWICE},
+        {"name": "local-sgd", "sets": [*SETS, "distributed.comm=local-sgd"], "speeds": TWICE},
+    ]
+    done = start(folder, tiny_data, trainings)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stderr
+
+
+def saved(folder, step):
+    (path,) = (folder / "checkpoints").glob(f"step-{step:08d}-*.pt")
+    return checkpoint.load(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sgd", "muon"])
+def test_unequal_shares_train_the_same(trained, mode):
+    """Gradients of a step agree to 7 digits; losses over an epoch as between world sizes (test_train.py)."""
+    folder, _ = trained
+    equal, unequal = (torch.load(folder / f"{name}.gradients") for name in (mode, f"{mode}-divided"))
+    assert (equal - unequal).norm() < 5e-7 * equal.norm()
+    assert saved(folder / mode, CUT_AT)["share"]["counts"] == [2, 2]
+    assert saved(folder / f"{mode}-divided", CUT_AT)["share"]["counts"] == [3, 1]
+    assert weights_hash(folder / f"{mode}-divided") != weights_hash(folder / mode), "other sums, other rounding"
+    one, other = history(folder / mode)[0], history(folder / f"{mode}-divided")[0]
+    assert other["train_loss"] == pytest.approx(one["train_loss"], rel=2e-4)
+    assert other["test_loss"] == pytest.approx(one["test_loss"], rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sgd", "muon", "powersgd"])
+def test_resume_with_unequal_shares_is_bit_for_bit(trained, mode):
+    folder, _ = trained
+    assert weights_hash(folder / f"{mode}-resumed") == weights_hash(folder / f"{mode}-divided")
+    assert history(folder / f"{mode}-resumed") == history(folder / f"{mode}-divided")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["bf16", "powersgd"])
+def test_modes_that_round_take_unequal_shares(trained, mode):
+    """The first step's gradients are all-reduce's; with a rank's weighed wrong they would not be.
+
+    Of PowerSGD, those of the first batch normalisation, which are not compressed.
+    """
+    folder, _ = trained
+    assert saved(folder / f"{mode}-divided", CUT_AT)["share"]["counts"] == [3, 1]
+    exact, rounded = (torch.load(folder / f"{name}.gradients") for name in ("sgd", f"{mode}-divided"))
+    if mode == "powersgd":
+        exact, rounded = (gradients[64 * 27 : 64 * 29] for gradients in (exact, rounded))
+    assert (exact - rounded).norm() < (1e-2 if mode == "bf16" else 1e-5) * exact.norm()
+
+
+@pytest.mark.slow
+def test_running_statistics_count_micro_batches_alike(trained):
+    """What equal shares leave, though rank 0 has seen three micro-batches of four: closest where rounding is least."""
+    equal, unequal = (saved(trained[0] / name, CUT_AT)["model"] for name in ("sgd", "sgd-divided"))
+    for name in ("bn1.running_mean", "bn1.running_var"):
+        torch.testing.assert_close(unequal[name], equal[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_shares_follow_speeds_that_change_and_the_log_says_so(trained):
+    folder, said = trained
+    assert "shares: 3 + 1 of 4 micro-batches; by speed; node 1 takes 2.0 times as long as node 0" in said
+    assert "shares: 3 + 1 of 4 micro-batches; as in the checkpoint" in said
+    assert "shares: 2 + 2 of 4 micro-batches; as distributed.share says; node 1 takes 2.0 times" in said
+    assert "shares: 2 + 2 of 4 micro-batches; local SGD takes equal shares" in said
+    assert "shares: 1 + 3 of 4 micro-batches from step 6 on; node 0 takes 3.0 times as long as node 1" in said
+    assert saved(folder / "sgd-divided", 8)["share"]["counts"] == [1, 3]
+
+
+@pytest.mark.slow
+def test_what_the_machines_came_to_is_in_log_summary_and_report(trained):
+    folder, said = trained
+    assert re.search(r"two machines trained \d+\.\d times as fast as the faster one alone: \d+ and \d+ images/s", said)
+    machines = json.loads((folder / "muon-divided" / "summary.json").read_text())["machines"]
+    assert machines["shares"] == [3, 1] and machines["pixels"] == 8
+    assert machines["alone"][0] > 1.5 * machines["alone"][1], "25 images in 2 and in 4 s, and Muon's directions"
+    assert 0 < machines["network"] < 1
+    page = (folder / "muon-divided" / "report.html").read_text()
+    assert speedup.sentence(machines)[1:] in page
+    assert "node 1 alone" in page
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "seconds", "counts"),
+    [
+        (4, [1.0, 2.0], [3, 1]),
+        (4, [2.0, 1.0], [1, 3]),
+        (4, [1.0, 1.2], [2, 2]),  # 3 + 1 would be slower
+        (10, [1.0, 1.5], [6, 4]),
+        (10, [1.0, 1.25], [5, 5]),  # 6 + 4 would be a twentieth faster: noise
+        (2, [1.0, 5.0], [1, 1]),
+        (4, [1.0, 1.0, 1.0], [2, 1, 1]),
+        (4, [1.0, 1.0, 0.45], [1, 1, 2]),
+        (8, [1.0, 100.0], [7, 1]),
+        (7, [1.0], [7]),
+    ],
+)
+def test_division_that_suits_the_speeds(micro_batches, seconds, counts):
+    assert shares.better(shares.equal(micro_batches, len(seconds)), seconds) == counts
+
+
+def test_more_ranks_than_micro_batches_are_refused():
+    with pytest.raises(ValueError, match="3 ranks can't share 2 micro-batches"):
+        shares.divide(2, [1.0] * 3)
+
+
+def test_equal_shares_weigh_exactly_one():
+    """So that what was bit for bit before there were shares stays so."""
+    for micro_batches, ranks in ((2, 2), (6, 3), (21, 7), (12, 4)):
+        divided = Shares(shares.equal(micro_batches, ranks))
+        assert divided.mean == micro_batches // ranks
+        assert [divided.weight(rank) for rank in range(ranks)] == [1.0] * ranks
+    unequal = Shares([3, 1])
+    assert [unequal.weight(rank) for rank in (0, 1)] == [1.5, 0.5]
+
+
+def chosen(sets, seconds, kept=None, mode="allreduce", local_size=1):
+    world = types.SimpleNamespace(size=len(seconds), local_size=local_size, rank=0)
+    measured = Speeds(seconds, [0.0] * len(seconds), 8)
+    return shares.choose(loading.load(sets=sets), world, kept, mode, lambda: measured)
+
+
+def test_what_is_said_and_what_is_not():
+    four = ["global_batch=100", "micro_batch=25"]
+    assert chosen(four, [1.0, 2.0], local_size=2) == (Shares([2, 2]), ""), "one machine: neither measured nor told"
+    said = chosen(four, [1.0] * 3, local_size=3)[1]
+    assert said == "shares: 2 + 1 + 1 of 4 micro-batches; all ranks are on one machine"
+    found, said = chosen(["global_batch=100", "micro_batch=50"], [1.0, 2.0])
+    assert found.counts == [1, 1] and "a smaller micro_batch would let the faster one take more" in said
+    assert "smaller" not in chosen(four, [1.0, 1.05])[1]
+    assert chosen(four, [1.0, 1.0], Shares([3, 1]))[0].counts == [3, 1]
+    assert chosen([*four, "distributed.share=equal"], [1.0, 1.0], Shares([3, 1]))[0].counts == [2, 2]
+    assert chosen(four, [1.0, 1.0], Shares([6, 4]))[0].counts == [2, 2], "another micro_batch"
+    assert chosen(four, [1.0, 2.0], Shares([3, 1]), mode="local-sgd")[0].counts == [2, 2]
+    assert chosen(four, [1.0, 2.0], Shares([3, 1]), local_size=2)[0].counts == [2, 2], "now on one machine"
+
+
+def test_ranks_of_one_machine_share_its_speed():
+    nodes = [[0, 1], [2, 3]]
+    assert Speeds([1.0, 1.0, 2.0, 2.0], [0.0] * 4, 8).alone(nodes, 4, 100) == [50.0, 25.0]
+    assert Speeds([1.0, 2.0], [1.0, 2.0], 8).alone([[0], [1]], 4, 100) == [20.0, 10.0], "Muon's directions included"
+
+
+class Clock:
+    """Ranks that compute and then wait: what `total` says after each further step of a resolution."""
+
+    def __init__(self) -> None:
+        self.steps = {8: 0, 12: 0}
+
+    def total(self):
+        seconds = {"data": 1.0, "compute": 2.0, "updates": 4.0, "communication": 8.0, "between steps": 16.0}
+        return {part: each * (self.steps[8] + 100 * self.steps[12]) for part, each in seconds.items()}
+
+
+def test_an_epoch_s_clocks_are_read_by_resolution_without_the_first_step(monkeypatch):
+    clock, world = Clock(), types.SimpleNamespace(size=2, local_size=1)
+    monkeypatch.setattr(meter, "gather", lambda spent, world: torch.stack([spent, 2 * spent]))
+    counting = meter.Meter(clock, world, running=True)
+    for pixels in (8, 8, 8, 12):
+        counting.begin(pixels)
+        clock.steps[pixels] += 1
+    found = counting.read()
+    assert {pixels: steps for pixels, (steps, _) in found.items()} == {8: 2, 12: 1}
+    assert found[8][1].tolist() == [[2.0, 4.0, 8.0, 16.0, 32.0], [4.0, 8.0, 16.0, 32.0, 64.0]]
+    assert counting.read() == {}
+    divided = Shares([3, 1], Speeds([1.0, 4.0], [0.0, 0.0], 8))
+    assert meter.own_seconds({8: found[8]}, divided) == [1.0, 6.0], "(2 + 4) s of 2 steps, three micro-batches and one"
+    speed = meter.speed(found, divided, world, 100)
+    assert speed["alone"] == [25.0, 6.2] and speed["shares"] == [3, 1]
+    assert speed["together"] == round(200 / 62, 1) and speed["network"] == round(16 / 62, 4)
+    assert meter.speed({12: found[12]}, divided, world, 100) is None, "measured alone at another resolution"
+    assert divided.speeds.now([4.0, 2.0]).micro_batch == [8.0, 4.0], "the fastest as fast as it was when alone"
+
+
+def test_auto_communication_counts_with_shares_that_suit_the_speeds():
+    slow_wire = Times(gradients=1.0, rounded=0.5, compute=4.0, exposed=0.4)
+    assert choice.best(choice.predict(slow_wire, 8, 2)) == Choice("bf16", 8)
+    divided = Times(gradients=1.0, rounded=0.5, compute=8.0, exposed=0.4, divided=4.0)
+    steps = choice.predict(divided, 8, 2)
+    assert steps[Choice("local-sgd", 8)] > 8.0 > steps[Choice("allreduce", 8)]
+
+
+def test_a_run_on_one_machine_says_nothing_of_machines(tmp_path):
+    assert speedup.gathered([{"epoch": 1}, {"epoch": 2}]) is None
+    assert report._machines({}) is None
+
+
+def test_the_sentence():
+    speed = {"pixels": 16, "alone": [115.2, 98.1], "together": 207.0, "network": 0.041, "shares": [1, 1]}
+    assert speedup.sentence(speed) == (
+        "two machines trained 1.8 times as fast as the faster one alone: 115 and 98 images/s alone, 207 together; "
+        "4 % of the time waiting for the network (at 16 pixels)"
+    )
+    former = {"pixels": 16, "alone": [115.2], "together": 1.0, "network": 0.5, "shares": [2]}
+    history = [{"speed": former}, {}, {"speed": speed}, {"speed": speed | {"together": 209.0}}]
+    assert speedup.gathered(history) == speed | {"together": 208.0}, "of the machines there were at the end"
