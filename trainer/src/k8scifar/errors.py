@@ -20,6 +20,10 @@ class RankError(UserError):
     shared = False
 
 
+class Superseded(RankError):
+    """Another process has taken over the run folder: this one is late, and a restart of it would be late again."""
+
+
 class TrainingError(Exception):
     """A failure of the run itself (a full disk, a volume away): one line; exit code 1, a restart may mend it."""
 

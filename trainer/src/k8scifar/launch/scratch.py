@@ -5,7 +5,11 @@ worker.py, agent.py and cli.py write these files; this reads them.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
 from pathlib import Path
+from typing import Any
 
 from k8scifar.errors import CRASHED, FAILED, PEER_LOST, PREEMPTED, USER_MISTAKE
 
@@ -32,6 +36,39 @@ class Scratch:
     def joined(self) -> bool:
         """Whether a rank was started: all nodes have met."""
         return any(self.path.glob("started.*"))
+
+    @property
+    def called(self) -> dict[str, Any]:
+        """Of an elastic group, on node 0: who takes part (members), who was gone for long (gone), since when (at)."""
+        return json.loads(_read(self.path / "called") or "{}")
+
+    @property
+    def welcome(self) -> list[int]:
+        """Of an elastic group, on node 0: nodes to be taken back, for which the others should meet anew."""
+        return json.loads(_read(self.path / "welcome") or "[]")
+
+    @property
+    def waits_for(self) -> str:
+        """What the agent of an elastic group waits for."""
+        return _read(self.path / "waiting")
+
+    def call(self, members: list[int], gone: list[int]) -> None:
+        """Tell the supervisor who takes part; `at` is time.monotonic(), which all processes share."""
+        self._write("called", json.dumps({"members": members, "gone": gone, "at": time.monotonic()}))
+
+    def welcome_back(self, nodes: list[int]) -> None:
+        """Tell the supervisor who is back."""
+        self._write("welcome", json.dumps(nodes))
+
+    def wait_for(self, text: str) -> None:
+        """Tell the supervisor what is waited for."""
+        if text != self.waits_for:
+            self._write("waiting", text)
+
+    def _write(self, name: str, text: str) -> None:
+        with contextlib.suppress(OSError):
+            (self.path / f".{name}").write_text(text)
+            (self.path / f".{name}").replace(self.path / name)
 
     @property
     def alive(self) -> int:

@@ -19,11 +19,12 @@ from k8scifar.console import say
 from k8scifar.errors import CRASHED, FAILED, PEER_LOST, PREEMPTED, USER_MISTAKE, UserError
 from k8scifar.heartbeat import Heartbeat
 from k8scifar.launch import kubernetes, processes, sockets
+from k8scifar.launch.attendance import Attendance
 from k8scifar.launch.needs import Need, needs
 from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.scratch import Scratch
 from k8scifar.launch.termination import leave_message
-from k8scifar.results import notes, ownership
+from k8scifar.results import members, notes, ownership
 from k8scifar.results.summary import MARKER, finished_summary, newest_checkpoint, read_summary
 
 POLL = 0.1  # seconds between two looks at the child
@@ -44,6 +45,7 @@ class Supervisor:
         self.reason = ""
         self.failures = 0  # of this node's own, since the last new checkpoint
         self._newest = ""  # checkpoint at the last failure
+        self._attendance = Attendance(spec) if spec.is_elastic and not spec.node_rank else None
         self.heartbeat = Heartbeat(spec.environment.get("K8SCIFAR_HEARTBEAT"))
         self._next: dict[str, float] = {}
 
@@ -138,12 +140,16 @@ class Supervisor:
         self.reason = ""
         spec, path = self.spec, Path(tempfile.mkdtemp(prefix="k8scifar-"))
         scratch = Scratch(path, spec.nproc_per_node)
+        if self._attendance:
+            self._attendance.order(path)
         child = processes.Child(spec.command(spec.master_port or sockets.free_port()), spec.child_environment(path))
         try:
             self._watch(child, scratch, number)
         finally:
             child.kill_tree()
             code = self._judge(child.code, scratch)
+            if self._attendance:
+                self._attendance.learn(scratch)
             shutil.rmtree(path, ignore_errors=True)
         return code
 
@@ -160,6 +166,11 @@ class Supervisor:
                 told = self.signals
                 child.signal(signal.SIGTERM)
                 deadline = now + (self.spec.shutdown_timeout + LINGER if told == 1 else 0.0)
+            elif deadline is None and (back := scratch.welcome):
+                self.reason = f"{members.named(back)} has come back: all nodes meet anew"
+                say(f"k8scifar: {self.reason}, once the ranks have saved")
+                child.signal(signal.SIGTERM)
+                deadline = now + self.spec.shutdown_timeout + LINGER
             elif not self.signals and deadline is None and (codes := scratch.exit_codes):
                 if any(codes) or (len(codes) == self.spec.nproc_per_node and self.spec.node_rank == 0):
                     deadline = now + LINGER
@@ -184,7 +195,8 @@ class Supervisor:
                 return
             if not joined and now - begun > 20 and self._due("waiting", 30):
                 where = f"{self.spec.master_addr}:{self.spec.master_port}"
-                say(f"k8scifar: waiting for all {self.spec.nnodes} nodes to meet at {where} ({now - begun:.0f} s)")
+                what = scratch.waits_for or f"all {self.spec.nnodes} nodes to meet at {where}"
+                say(f"k8scifar: waiting for {what} ({now - begun:.0f} s)")
             time.sleep(POLL)
 
     def _check_shared(self) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from k8scifar import heartbeat
-from k8scifar.errors import PeersDiffer, TrainingError, UserError
+from k8scifar.errors import PeersDiffer, Superseded, TrainingError, UserError
 from k8scifar.ranks.world import World
 
 PATIENCE = 10  # time-outs that the ranks wait for what rank 0 alone does, as long as it says that it is at it
@@ -103,6 +103,8 @@ def _in_thread(decide: Callable[[], bytes | None]) -> Future[bytes | None]:
         try:
             content = decide()
             work.set_result(None if content is None else b"+" + content)
+        except Superseded as error:  # this process's own mistake: the others must not end for it
+            work.set_exception(error)
         except UserError as error:
             work.set_result(b"-" + str(error).encode())
         except TrainingError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from k8scifar import versions
@@ -13,7 +14,7 @@ from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import TRANSIENT
 from k8scifar.ranks.agree import from_rank_0, meet
 from k8scifar.ranks.world import World
-from k8scifar.results import ownership
+from k8scifar.results import members, ownership
 from k8scifar.results.run_folder import RunFolder
 from k8scifar.training import checkpoint
 
@@ -23,7 +24,8 @@ def find(config: Config, manifest: packed.Manifest, world: World) -> tuple[dict[
 
     Collective; the same on all ranks. Raises UserError where ranks differ or the folder can't be used.
     """
-    meet(world, config.shared() | {"data": manifest.fingerprint} | _mathematics())
+    attempt = {"attempt": os.environ.get(members.ATTEMPT, "")}  # a rank of a former one belongs to nobody here
+    meet(world, config.shared() | {"data": manifest.fingerprint} | _mathematics() | attempt)
     answer = from_rank_0(world, lambda: _look(RunFolder(config.run_dir), config, manifest))
     if answer is not None and answer[:1] == b"S":
         return json.loads(answer[1:]), None

@@ -9,6 +9,7 @@ import torch
 
 from k8scifar import versions
 from k8scifar.config.schema import COMM
+from k8scifar.results import members
 from k8scifar.results.outcome import Outcome
 from k8scifar.training import model, optim
 from k8scifar.training.plan import Plan
@@ -36,6 +37,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
         "epochs": plan.config.epochs,
         "steps": plan.steps,
         "world_size": state.world.size,
+        **_members(state, plan),
         "device": device_name(state.world.device),
         "precision": precision,
         "global_batch": plan.config.global_batch,
@@ -49,6 +51,11 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
         "identity": plan.config.identity() | {COMM: state.exchange.name if state.world.size > 1 else "auto"},
         "versions": versions.versions(),
     }
+
+
+def _members(state: State, plan: Plan) -> dict[str, Any]:
+    """Who took part from which step to which, where that changed."""
+    return {"members": members.within(state.members, 0, plan.steps)} if len(state.members) > 1 else {}
 
 
 def device_name(device: torch.device) -> str:
