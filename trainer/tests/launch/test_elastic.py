@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 
 import chaos
@@ -25,8 +26,7 @@ CONFIG = TINY | {
     "checkpoint": {"every_steps": 3},
     "log": {"every_seconds": 0.001, "tensorboard": False},
 }
-WAIT, GROW = patient(12), 4
-OUTSIDE = "waiting for its turn: training went on with node 0, which takes back who has waited"
+WAIT, GROW = 12, 4  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +48,20 @@ def undisturbed(folder, tiny_data):
 @pytest.fixture
 def group(folder, tiny_data, request):
     """Two pods, not yet started, of a run named like the test, of which one may go on alone."""
-    elastic = ("--min-nodes=1", f"--elastic-wait={WAIT}", f"--elastic-grow={GROW}")
+    elastic = ("--min-nodes=1", f"--elastic-wait={patient(WAIT)}", f"--elastic-grow={GROW}")
     with pods.group(folder, folder / "config.yaml", tiny_data, request.node.name[5:25], *elastic) as pair:
         yield pair
 
 
+def outside(pod) -> int:
+    """How often this pod was told that the others went on without it."""
+    return len(re.findall(r"its turn: training went on with node 0, which takes back .* s$", pod.text(), re.MULTILINE))
+
+
 def goes_on_alone(group, times: int) -> list[int]:
     """Wait until node 0 trains alone for that many times, and freeze its rank: what comes now finds it training."""
-    text = group.pods[0].text
-    group.until(lambda: text().count("training goes on from the newest checkpoint with node 0") == times, 150, "node 0 alone")
+    alone = "training goes on from the newest checkpoint with node 0"
+    group.until(lambda: group.pods[0].text().count(alone) == times, 150, "node 0 alone")
     before = len(group.resumed)
     group.until(lambda: len(group.resumed) > before, 150, "a resume")
     at = group.resumed[-1][0]
@@ -93,7 +98,7 @@ def test_a_node_that_is_gone_for_good_is_done_without_and_taken_back(group, undi
     ended = group.pods[0].text().count("ended (")
     for lives in range(1, 4):  # it flaps, twice
         second = group.start(1)
-        group.until(lambda lives=lives, second=second: second.text().count(OUTSIDE) >= lives, 150, "node 1 outside")
+        group.until(lambda lives=lives, second=second: outside(second) == lives, 150, "node 1 outside")
         if lives < 3:
             second.stop()
     assert group.pods[0].text().count("ended (") == ended, "who flaps outside disturbs nobody"
@@ -118,7 +123,7 @@ def test_a_node_that_was_cut_off_with_an_older_view_trains_nothing_until_it_is_t
     before = {path: path.read_bytes() for path in group.run_dir.rglob("*") if path.is_file()}
     group.machines[0].link(up=True)
     hosts.send(asleep, signal.SIGCONT)
-    group.until(lambda: OUTSIDE in group.pods[1].text(), 150, "node 1 outside")
+    group.until(lambda: outside(group.pods[1]), 150, "node 1 outside")
     assert {path: path.read_bytes() for path in group.run_dir.rglob("*") if path.is_file()} == before
     comes_back(group, frozen, 1)
     group.until(lambda: group.done, 250, "the end")

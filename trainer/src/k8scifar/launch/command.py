@@ -130,8 +130,8 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
     )
     if spec.is_elastic and allowed(spec) == [spec.nnodes]:
         raise UserError(
-            f"--min-nodes {spec.min_nodes}: from that number up, only all {spec.nnodes} machines can share a global batch; "
-            "lower it (1 always can), or lower micro_batch"
+            f"--min-nodes {spec.min_nodes}: from that number up, only all {spec.nnodes} machines can share a global "
+            "batch; lower it (1 always can), or lower micro_batch"
         )
     return spec
 
