@@ -71,7 +71,7 @@ def goes_on_alone(group, times: int) -> list[int]:
 
 def comes_back(group, frozen: list[int], times: int) -> None:
     """Wait until node 1 is taken back for that many times, then thaw rank 0, which saves."""
-    group.until(lambda: group.pods[0].text().count("node 1 has come back") == 2 * times, 150, "taken back")
+    group.until(lambda: group.pods[0].text().count("once the ranks have saved") == times, 150, "taken back")
     hosts.send(frozen, signal.SIGCONT)
     group.until(lambda: group.pods[0].text().count("world size 2") == times + 1, 150, "two ranks again")
 
@@ -106,6 +106,7 @@ def test_a_node_that_is_gone_for_good_is_done_without_and_taken_back(group, undi
     group.until(lambda: group.done, 250, "the end")
     assert_equal_but_for_rounding(group.run_dir, undisturbed)
     members = group.summary()["members"]
+    assert "saved; the same command resumes" in group.pods[0].text()
     assert [(each["nodes"], each["world_size"]) for each in members] == [([0, 1], 2), ([0], 1), ([0, 1], 2)]
     assert (members[0]["from"], members[-1]["to"]) == (0, 24)
     assert history(group.run_dir)[-1]["members"][-1]["to"] == 24
