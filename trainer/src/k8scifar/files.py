@@ -52,9 +52,7 @@ def names(folder: Path) -> list[str]:
         return []
 
 
-def write_atomically(
-    path: Path, content: bytes | memoryview, before: Callable[[], None] = lambda: None
-) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, before: Callable[[], None] = lambda: None) -> None:
     """Write `content` to a temporary name in the same folder, fsync, rename over `path`, fsync the folder; patiently.
 
     A reader, or a crash, meets the old content or the new and never a part. Raises OSError, and what `before`, which is

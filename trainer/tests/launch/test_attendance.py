@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 
 import pytest
@@ -16,9 +15,7 @@ from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.scratch import Scratch
 from k8scifar.results import members
 
-ORDERS = Orders(
-    allowed=[1, 2, 3, 4], expected=[0, 1, 2, 3], pauses=[60.0] * 4, missed=1000.0, wait=120.0, met=True
-)
+ORDERS = Orders(allowed=[1, 2, 3, 4], expected=[0, 1, 2, 3], pauses=[60.0] * 4, missed=1000.0, wait=120.0, met=True)
 
 
 def test_who_is_missed_is_waited_for_and_then_done_without():
@@ -144,25 +141,3 @@ def test_a_number_of_nodes_that_can_never_share_a_batch_is_refused(monkeypatch):
     spec = command.node_spec(parser.parse_args([*common, "--min-nodes=1"]), {})
     assert spec.is_elastic and attendance.allowed(spec) == [1, 3]
     assert not command.node_spec(parser.parse_args(common), {}).is_elastic
-
-
-def test_who_took_part_is_told_by_step(tmp_path, monkeypatch):
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    found = members.joined([], members.present(0, 2))
-    assert members.joined(found, members.present(7, 2)) == found, "a restart of the same changes nothing"
-    monkeypatch.setenv(members.NODES, "0")
-    found = members.joined(found, members.present(9, 1))
-    assert members.joined(found, members.present(9, 1)) == found
-    monkeypatch.setenv(members.NODES, "0,2")
-    found = members.joined(found, members.present(12, 2))
-    assert members.told(members.within(found, 0, 20)) == [
-        "steps 0 to 9 by 2 rank(s) on nodes 0 and 1",
-        "steps 9 to 12 by 1 rank(s) on node 0",
-        "steps 12 to 20 by 2 rank(s) on nodes 0 and 2",
-    ]
-    assert members.within(found, 0, 6) == [{"from": 0, "to": 6, "nodes": [0, 1], "world_size": 2}]
-    assert members.joined(found, members.present(9, 2))[1:] == [{"from": 9, "nodes": [0, 2], "world_size": 2}]
-    (tmp_path / members.FILE).write_text(members.content(tmp_path, found))
-    (tmp_path / members.FILE).write_text(members.content(tmp_path, found[1:2]))
-    assert members.most(tmp_path) == 2, "who has met in full has done so for good"
-    assert json.loads((tmp_path / members.FILE).read_text())["members"] == found[1:2]

@@ -59,9 +59,7 @@ def compare(store, rank: int, job: str) -> None:
         time.sleep(0.1)
 
 
-def watch(
-    address: str, port: int, job: str, store=None, look: Callable[[Any], None] = lambda store: None
-) -> None:
+def watch(address: str, port: int, job: str, store=None, look: Callable[[Any], None] = lambda store: None) -> None:
     """From now on end this process when a node had to start anew, or when node 0's store is lost.
 
     Without a `store`, this is node 0: it waits for its own and says there what `job` it was started with. `look` is
