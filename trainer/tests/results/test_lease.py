@@ -13,7 +13,7 @@ import pytest
 from patience import patient
 from runs import HELPERS, cli_command, run
 
-from k8scifar.errors import Superseded
+from k8scifar.errors import LATE, Superseded
 from k8scifar.results import lease
 
 NO_LOCKS = {"PYTHONPATH": str(HELPERS / "faults"), "K8SCIFAR_NO_LOCKS": "1", "K8SCIFAR_RELEASE": "lab/cifar"}
@@ -153,7 +153,7 @@ def test_a_rank_0_that_is_thawed_after_its_successor_took_over_writes_nothing(st
     before = files(tmp_path / "run")
     late.send_signal(signal.SIGCONT)
     said = late.communicate(timeout=60)[1]
-    assert late.returncode == 2, said
+    assert late.returncode == LATE, said
     assert re.search(r"error: run folder \S+ is trained by pod cifar-0 \(uid new\) since .*writes nothing more", said)
     assert files(tmp_path / "run") == before
 
@@ -165,10 +165,10 @@ def test_of_two_pods_with_one_name_the_older_stops_and_stays_out(started, paths,
     until(lambda: checkpoints.is_dir() and list(checkpoints.glob("step-*")))
     newer = started(cli_command("train", *paths, *long), POD_NAME="cifar-0", POD_UID="new")
     said = older.communicate(timeout=60)[1]
-    assert older.returncode == 2, said
+    assert older.returncode == 1, said
     assert "is trained by pod cifar-0 (uid new)" in said and "attempt 2" not in said
     again = run(cli_command("train", *paths, *long), env=NO_LOCKS | {"POD_NAME": "cifar-0", "POD_UID": "old"})
-    assert again.returncode == 2
+    assert again.returncode == LATE
     assert "it was this one's before, which is late, and stops" in again.stderr
     seen = max(checkpoints.glob("step-*")).name
     until(lambda: max(checkpoints.glob("step-*")).name > seen)  # the newer goes on

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from k8scifar.errors import CRASHED, FAILED, PEER_LOST, PREEMPTED, USER_MISTAKE
+from k8scifar.errors import CRASHED, FAILED, LATE, PEER_LOST, PREEMPTED, USER_MISTAKE
 
 
 class Scratch:
@@ -82,7 +82,7 @@ class Scratch:
     def reason(self) -> str:
         """Why the attempt ended; what a rank did by itself comes before what it says of others."""
         reasons = sorted(self.path.glob("reason.*"), key=lambda path: path.stat().st_mtime)
-        for kind in (USER_MISTAKE, CRASHED, FAILED, None):
+        for kind in (USER_MISTAKE, LATE, CRASHED, FAILED, None):
             for path in reasons:
                 text = _read(path)
                 if text and (kind is None or _read(path.with_name(f"exit{path.suffix}")) == str(kind)):
@@ -100,6 +100,8 @@ class Scratch:
         codes = self.exit_codes
         if USER_MISTAKE in codes or code == USER_MISTAKE:
             return USER_MISTAKE
+        if LATE in codes:
+            return LATE
         saved = len(codes) == self._ranks and set(codes) <= {0, PREEMPTED}
         if saved or (stopping and not self.joined):
             return PREEMPTED

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from k8scifar.console import say
-from k8scifar.errors import CRASHED, FAILED, PEER_LOST, PREEMPTED, USER_MISTAKE, UserError
+from k8scifar.errors import CRASHED, FAILED, LATE, PEER_LOST, PREEMPTED, USER_MISTAKE, UserError
 from k8scifar.heartbeat import Heartbeat
 from k8scifar.launch import kubernetes, processes, sockets
 from k8scifar.launch.attendance import Attendance
@@ -76,7 +76,7 @@ class Supervisor:
                 return self._stopped(code)
             if code == 0:
                 return self._after_done()
-            if code == USER_MISTAKE or not self.spec.restart:
+            if code in (USER_MISTAKE, LATE) or not self.spec.restart:
                 return self._end(code)
             self.reason = self.reason or ("a peer was lost" if code == PEER_LOST else "the ranks left no reason")
             pause = self._pause(code)
@@ -194,9 +194,11 @@ class Supervisor:
             if not joined and self.spec.nnodes > 1 and self._due("finished", 5) and self._is_finished():
                 return
             if not joined and now - begun > 20 and self._due("waiting", 30):
-                where = f"{self.spec.master_addr}:{self.spec.master_port}"
-                what = scratch.waits_for or f"all {self.spec.nnodes} nodes to meet at {where}"
-                say(f"k8scifar: waiting for {what} ({now - begun:.0f} s)")
+                where, seconds = f"{self.spec.master_addr}:{self.spec.master_port}", f"({now - begun:.0f} s)"
+                if what := scratch.waits_for:
+                    say(f"k8scifar: waiting for {what} {seconds}")
+                else:
+                    say(f"k8scifar: waiting for all {self.spec.nnodes} nodes to meet at {where} {seconds}")
             time.sleep(POLL)
 
     def _check_shared(self) -> None:
@@ -270,7 +272,7 @@ class Supervisor:
     def _end(self, code: int) -> int:
         self._note(self.reason)
         self._journal("stopped" if code == PREEMPTED else "failed")
-        return FAILED if code == PEER_LOST else code
+        return FAILED if code in (PEER_LOST, LATE) else code
 
     def _journal(self, state: str, attempt: int = 0, reason: str = "") -> None:
         if self.spec.restart:  # somebody else will ask
