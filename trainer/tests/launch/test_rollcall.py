@@ -102,3 +102,24 @@ def test_who_does_not_come_is_named(calls, monkeypatch):
     until(lambda: zero)
     assert "node 1 did not come within 0 s" in str(zero[0])
     assert scratch.waits_for.startswith("node 1, gone for")
+
+
+def test_torchrun_is_started_with_those_who_take_part(tmp_path, monkeypatch):
+    from torch.distributed import run as torchrun
+
+    from k8scifar.launch import agent
+    from k8scifar.results import members
+
+    for name, value in {meeting.MIN_NODES: "1", "K8SCIFAR_SCRATCH": str(tmp_path), members.NODES: ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(members.ATTEMPT, "")
+    monkeypatch.setattr(meeting, "watch", lambda *_: None)
+    command = (
+        "--nnodes=3 --nproc-per-node=2 --node-rank=2 --master-addr=a --master-port=1 --rdzv-conf=timeout=5 -m x train"
+    )
+    for nodes, count, rank, sets in (([0, 2], "2", 1, ["--set=distributed.world_size=4"]), ([0, 1, 2], "3", 2, [])):
+        party = rollcall.Party("attempt", nodes, None, print)
+        monkeypatch.setattr(rollcall, "answer", lambda *_, party=party: party)
+        parsed = torchrun.parse_args(command.split())
+        assert agent._call_the_roll(parsed) is None
+        assert (parsed.nnodes, parsed.node_rank, parsed.training_script_args) == (count, rank, ["train", *sets])

@@ -167,8 +167,10 @@ def test_of_two_pods_with_one_name_the_older_stops_and_stays_out(started, paths,
     said = older.communicate(timeout=60)[1]
     assert older.returncode == 1, said
     assert "is trained by pod cifar-0 (uid new)" in said and "attempt 2" not in said
-    again = run(cli_command("train", *paths, *long), env=NO_LOCKS | {"POD_NAME": "cifar-0", "POD_UID": "old"})
-    assert again.returncode == LATE
+    note = (tmp_path / ".nodes" / "run" / "0.json").read_bytes()
+    again = run(cli_command("launch", *paths, *long), env=NO_LOCKS | {"POD_NAME": "cifar-0", "POD_UID": "old"})
+    assert again.returncode == 1
+    assert (tmp_path / ".nodes" / "run" / "0.json").read_bytes() == note and b"failed" not in note
     assert "it was this one's before, which is late, and stops" in again.stderr
     seen = max(checkpoints.glob("step-*")).name
     until(lambda: max(checkpoints.glob("step-*")).name > seen)  # the newer goes on

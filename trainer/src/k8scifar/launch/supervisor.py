@@ -24,7 +24,7 @@ from k8scifar.launch.needs import Need, needs
 from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.scratch import Scratch
 from k8scifar.launch.termination import leave_message
-from k8scifar.results import members, notes, ownership
+from k8scifar.results import lease, members, notes, ownership
 from k8scifar.results.summary import MARKER, finished_summary, newest_checkpoint, read_summary
 
 POLL = 0.1  # seconds between two looks at the child
@@ -54,8 +54,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         processes.adopt_orphans()
-        if not self._owns_run():
-            return USER_MISTAKE
+        if refused := self._refused():
+            return refused
         attempts = 0
         while not self.signals:
             if self.spec.nnodes > 1 and self._is_finished():
@@ -103,18 +103,19 @@ class Supervisor:
 
     # Before an attempt
 
-    def _owns_run(self) -> bool:
-        """Whether the run folder is this release's or nobody's; if it is not, say whose it is."""
+    def _refused(self) -> int:
+        """The exit code where the run folder is another release's or another pod's by now; 0 where it may be ours."""
         try:
             ownership.check_owner(self.spec.config.run_dir, self.spec.config.checkpoint.adopt)
+            lease.check_holder(self.spec.config.run_dir)
         except UserError as error:
             self.reason = str(error)
             say(f"k8scifar: error: {self.reason}")
             self._note(self.reason)  # nothing in the run's own place, which is another's
-            return False
+            return FAILED if error.code == LATE else error.code
         except OSError:
             pass  # a volume that is away for a while: rank 0 will look again
-        return True
+        return 0
 
     def _has(self, need: Need) -> bool:
         """Wait until the need is met; False, with the reason, where that takes too long."""
@@ -271,7 +272,8 @@ class Supervisor:
 
     def _end(self, code: int) -> int:
         self._note(self.reason)
-        self._journal("stopped" if code == PREEMPTED else "failed")
+        if code != LATE:  # who came after us writes the notes now
+            self._journal("stopped" if code == PREEMPTED else "failed")
         return FAILED if code in (PEER_LOST, LATE) else code
 
     def _journal(self, state: str, attempt: int = 0, reason: str = "") -> None:

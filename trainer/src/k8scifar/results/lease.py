@@ -41,12 +41,8 @@ def take(run_dir: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
         while True:
-            leases = _read(folder)
+            leases = check_holder(run_dir)
             number = max(leases, default=0)
-            owners = [about.get("holder") for about in leases.values()]
-            if holder() in owners and leases[number].get("holder") not in (holder(), None):
-                taken = _taken(run_dir, leases[number])
-                raise Superseded(f"{taken}; it was this one's before, which is late, and stops")
             with contextlib.suppress(FileExistsError):
                 _make(folder / f"{number + 1:08d}.json")
                 number += 1
@@ -56,6 +52,18 @@ def take(run_dir: Path) -> None:
         if error.errno not in files.FULL:
             raise
     _held[run_dir] = number
+
+
+def check_holder(run_dir: Path) -> dict[int, dict[str, str]]:
+    """Raise Superseded where another holder took the lease from this one; returns who took each number.
+
+    Raises OSError where the folder can't be read.
+    """
+    leases = _read(run_dir / FOLDER)
+    newest = leases[max(leases)] if leases else {}
+    if newest.get("holder") not in (holder(), None) and holder() in [about.get("holder") for about in leases.values()]:
+        raise Superseded(f"{_taken(run_dir, newest)}; it was this one's before, which is late, and stops")
+    return leases
 
 
 def check(run_dir: Path) -> None:
