@@ -25,7 +25,7 @@ CONFIG = TINY | {
     "checkpoint": {"every_steps": 3},
     "log": {"every_seconds": 0.001, "tensorboard": False},
 }
-WAIT, GROW = 12, 4  # seconds
+WAIT, GROW = 8, 4  # seconds
 RANK = "-u -m k8scifar.launch.worker"
 
 

@@ -45,10 +45,10 @@ def test_a_node_that_is_gone_for_good_is_done_without_and_taken_back(group, undi
     group.pods[1].stop()
     frozen = elastic.goes_on_alone(group)
     ended = group.pods[0].text().count("ended (")
-    for lives in range(1, 4):  # it flaps, twice
+    for lives in (1, 2):  # it flaps
         second = group.start(1)
         group.until(lambda lives=lives, second=second: elastic.outside(second) == lives, 150, "node 1 outside")
-        if lives < 3:
+        if lives == 1:
             second.stop()
     assert group.pods[0].text().count("ended (") == ended, "who flaps outside disturbs nobody"
     elastic.comes_back(group, frozen)
@@ -63,6 +63,7 @@ def test_a_node_that_is_gone_for_good_is_done_without_and_taken_back(group, undi
     assert group.pods[0].codes == [], "the container of who stayed did not end"
 
 
+@pytest.mark.nightly
 def test_a_node_that_was_cut_off_with_an_older_view_trains_nothing_until_it_is_taken_back(group, undisturbed):
     def files() -> dict:
         return {path: path.read_bytes() for path in group.run_dir.rglob("*") if path.is_file()}
