@@ -82,8 +82,8 @@ def call(address: str, port: int, job: str, orders: Orders, scratch: Scratch, se
     scratch.call(nodes, gone)
     if gone:
         say(
-            f"k8scifar: {named(gone)} has been gone for {now - orders.missed:.0f} s: training goes on from the newest "
-            f"checkpoint with {named(nodes)}, and takes back who returns"
+            f"k8scifar: gone for {now - orders.missed:.0f} s: {named(gone)}; "
+            f"training goes on from the newest checkpoint with {named(nodes)}, and takes back who returns"
         )
     tokens = {node: others[node].token if node else token for node in nodes}
     store.set(CALLED, json.dumps({"attempt": attempt, "tokens": tokens, "pauses": orders.pauses}))

@@ -168,7 +168,7 @@ class Supervisor:
                 child.signal(signal.SIGTERM)
                 deadline = now + (self.spec.shutdown_timeout + LINGER if told == 1 else 0.0)
             elif deadline is None and (back := scratch.welcome):
-                self.reason = f"{members.named(back)} has come back: all nodes meet anew"
+                self.reason = f"{members.named(back)} came back: all nodes meet anew"
                 say(f"k8scifar: {self.reason}, once the ranks have saved")
                 child.signal(signal.SIGTERM)
                 deadline = now + self.spec.shutdown_timeout + LINGER
