@@ -96,6 +96,13 @@ def test_who_keeps_leaving_waits_longer_each_time_and_who_stays_starts_over(grou
     assert group([0], gone=[1]).pauses[1] == 60
 
 
+def test_a_finished_run_that_meets_again_expects_everybody(group, tmp_path):
+    group([0, 1])
+    assert group([0], gone=[1]).expected == [0]
+    (tmp_path / "demo" / "summary.json").write_text('{"epochs": 1000}')
+    assert group.first().expected == [0, 1]
+
+
 def test_an_attempt_for_which_nobody_was_called_changes_nothing(group, tmp_path):
     before = group([0, 1])
     (tmp_path / "called").unlink()

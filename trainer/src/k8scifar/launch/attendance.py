@@ -17,6 +17,7 @@ from k8scifar.config.schema import check_world_size
 from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.scratch import Scratch
 from k8scifar.results import members
+from k8scifar.results.summary import finished_summary
 
 LONGEST = 16  # times `grow`: the longest pause before a node that keeps leaving is taken back
 ORDERS = "orders.json"  # in the scratch folder: what node 0's agent is told of its supervisor
@@ -79,6 +80,8 @@ class Attendance:
     def order(self, folder: Path) -> None:
         """Leave the orders of the next attempt in its scratch folder."""
         spec = self._spec
+        if finished_summary(spec.config):  # its ranks meet once more only for a node that lacks the result
+            self._expected, self._missed = set(range(spec.nnodes)), time.monotonic()
         orders = Orders(
             allowed=allowed(spec),
             expected=sorted(self._expected),
