@@ -175,6 +175,9 @@ image-test: ## build and smoke-test in a throw-away engine on a home-made base i
 test: $(READY) ## run the tests, two files at a time; TESTS=file picks some, ARGS go to pytest
 	@$(FOREGROUND) $(BIN)/python -m pytest -c trainer/pyproject.toml -n 2 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
+test-nightly: ## run the tests that take minutes each, which `make test` leaves out
+	@$(MAKE) test ARGS="-m nightly $(ARGS)"
+
 # What has to work with every torch that pyproject.toml allows, in an environment of its own: .venv-oldest, .venv-newest.
 CORE = $(addprefix trainer/tests/,training/test_train.py training/test_checkpoint.py ranks/test_comm.py launch/test_launch.py launch/test_supervisor.py \
 	launch/test_launch_torchrun.py training/test_golden.py)
@@ -219,7 +222,8 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff format trainer
 	@$(BIN)/ruff format --config trainer/pyproject.toml image chart
 
-.PHONY: help venv clean train report evaluate tensorboard test test-versions golden chaos bench bench-gpu scaling gpu lint format \
+.PHONY: help venv clean train report evaluate tensorboard test test-nightly test-versions golden chaos bench bench-gpu \
+	scaling gpu lint format \
 	up down status logs results tensorboard-cluster diagnose \
 	chart-lint template install uninstall schema chart-docs package \
 	image image-smoke push load sbom scan image-lock image-test

@@ -32,6 +32,15 @@
 {{- and (eq .Values.completion.policy "scaleDown") (eq .Values.workload.kind "StatefulSet") -}}
 {{- end -}}
 
+{{- /* Whether training goes on without a machine that is gone for long. */ -}}
+{{- define "k8scifar.isElastic" -}}
+{{- $wanted := .Values.elastic.enabled -}}
+{{- if kindIs "invalid" $wanted -}}
+{{- $wanted = and (ne .Values.workload.kind "Job") (gt (int .Values.nodes) 1) -}}
+{{- end -}}
+{{ $wanted }}
+{{- end -}}
+
 {{- define "k8scifar.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: {{ .Values.user.uid | int64 }}

@@ -110,6 +110,11 @@ spec:
         - --master-addr={{ include "k8scifar.masterAddress" . }}
         - --master-port={{ .Values.rendezvous.port | int64 }}
         - --wait={{ .Values.rendezvous.waitSeconds | int64 }}
+        {{- if eq (include "k8scifar.isElastic" .) "true" }}
+        - --min-nodes={{ .Values.elastic.minNodes | int64 }}
+        - --elastic-wait={{ .Values.elastic.waitSeconds | int64 }}
+        - --elastic-grow={{ .Values.elastic.growSeconds | int64 }}
+        {{- end }}
         - --data-wait={{ .Values.dataset.waitSeconds | int64 }}
         - --restart=always
         - --when-done={{ include "k8scifar.whenDone" . }}

@@ -66,9 +66,15 @@
 {{- if lt (int .terminationGracePeriodSeconds) (add (int .shutdownTimeoutSeconds) 10 | int) -}}
 {{- fail (printf "\n\nworkload.terminationGracePeriodSeconds %d must be at least workload.shutdownTimeoutSeconds %d + 10, or the kubelet kills a pod that is saving\n" (int .terminationGracePeriodSeconds) (int .shutdownTimeoutSeconds)) -}}
 {{- end -}}
+{{- if and (eq .kind "Job") $values.elastic.enabled -}}
+{{- fail "\n\nelastic.enabled is for a StatefulSet: no pod of an Indexed Job may be missing; set workload.kind=StatefulSet, or elastic.enabled=false\n" -}}
+{{- end -}}
 {{- if and (eq .kind "Job") (eq $values.completion.policy "scaleDown") -}}
 {{- fail "\n\ncompletion.policy=scaleDown is for a StatefulSet: a Job's pods complete by themselves; set it to hold\n" -}}
 {{- end -}}
+{{- end -}}
+{{- if gt (int $values.elastic.minNodes) (int $values.nodes) -}}
+{{- fail (printf "\n\nelastic.minNodes %d is more than nodes %d: lower it\n" (int $values.elastic.minNodes) (int $values.nodes)) -}}
 {{- end -}}
 {{- if and $values.hostNetwork (gt (int $values.nodes) 1) (ne $values.podAntiAffinity.mode "required") -}}
 {{- fail (printf "\n\nhostNetwork needs podAntiAffinity.mode=required: pods on one machine would claim its port %d together\n" (int $values.rendezvous.port)) -}}

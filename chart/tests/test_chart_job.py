@@ -42,7 +42,9 @@ def test_both_kinds_have_the_same_pod():
             pod.pop(key, None)
         for item in pod["containers"] + pod["initContainers"]:
             item["args"] = [
-                word for word in item.get("args", []) if not word.startswith(("--master-addr", "--when-done"))
+                word
+                for word in item.get("args", [])
+                if not word.startswith(("--master-addr", "--when-done", "--min-nodes", "--elastic"))
             ]
     assert one_kind == other
 
@@ -73,3 +75,20 @@ def test_notes_give_three_commands_with_this_releases_names(kind):
 def test_notes_warn(setting, words):
     notes = run(*NFS, f"--set={setting}", "--dry-run=client", verb="install").stdout
     assert "WARNING" in notes and words in notes
+
+
+@pytest.mark.parametrize(
+    ("options", "elastic"),
+    [
+        ((), True),
+        (("--set=nodes=1",), False),
+        (("--set=workload.kind=Job",), False),
+        (("--set=elastic.enabled=false",), False),
+        (("--set=elastic.enabled=true,elastic.minNodes=2,elastic.waitSeconds=300,elastic.growSeconds=9",), True),
+    ],
+)
+def test_a_statefulset_of_several_nodes_goes_on_without_one_unless_told_otherwise(options, elastic):
+    found = [word for word in container(trainer(render(*NFS, *options)))["args"] if "elastic" in word or "min-" in word]
+    default = ["--min-nodes=1", "--elastic-wait=120", "--elastic-grow=60"]
+    given = ["--min-nodes=2", "--elastic-wait=300", "--elastic-grow=9"]
+    assert found == ((given if "300" in str(options) else default) if elastic else [])

@@ -69,6 +69,8 @@ SCHEMA = json.loads((CHART / "values.schema.json").read_text())
         ((*NFS, "--set=gpu.enabled=true,train.hardware.device=cpu"), "train.hardware.device"),
         ((*NFS, "--set=workload.shutdownTimeoutSeconds=85"), "terminationGracePeriodSeconds 90 must be at least"),
         ((*NFS, "--set=workload.kind=Job,completion.policy=scaleDown"), "is for a StatefulSet"),
+        ((*NFS, "--set=workload.kind=Job,elastic.enabled=true"), "no pod of an Indexed Job may be missing"),
+        ((*NFS, "--set=elastic.minNodes=3"), "elastic.minNodes 3 is more than nodes 2: lower it"),
         ((*NFS, "--set=probes.livenessSeconds=60"), "must be more than train.distributed.timeout_seconds 60"),
         ((*NFS, "--set=tensorboard.ingress.enabled=true"), "tensorboard.ingress.host"),
         ((*NFS, "--set=user.uid=0"), "uid"),

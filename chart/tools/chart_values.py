@@ -229,6 +229,13 @@ class Rendezvous(Section):
     waitSeconds: Seconds
 
 
+class Elastic(Section):
+    enabled: bool | None
+    minNodes: int = Field(ge=1, le=1000)
+    waitSeconds: Seconds
+    growSeconds: Seconds
+
+
 class Gpu(Section):
     enabled: bool
     perNode: int = Field(ge=1, le=64)
@@ -365,6 +372,7 @@ class Values(Section):
     job: Job
     completion: Completion
     rendezvous: Rendezvous
+    elastic: Elastic
     hostNetwork: bool
     clusterDomain: Annotated[
         str,

@@ -35,6 +35,7 @@ OTHER = {
     "dataset.source": "synthetic",
     "dataset.s3Endpoint": "http://minio.storage:9000",
     "workload.kind": "Job",
+    "elastic.enabled": False,
     "completion.policy": "scaleDown",
     "podAntiAffinity.mode": "preferred",
     "user.supplementalGroups": [5],

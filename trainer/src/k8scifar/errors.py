@@ -6,6 +6,8 @@ PREEMPTED = 3  # exit code: stopped by SIGTERM, after saving
 CRASHED = 4  # exit code: a rank ended by an error of its own that nobody foresaw, or by a signal
 PEER_LOST = 5  # exit code of a rank: another one ended or fell silent; `k8scifar launch` makes it FAILED
 
+LATE = 6  # exit code of a rank: another process has its run folder; `k8scifar launch` makes it FAILED, and ends
+
 
 class UserError(Exception):
     """A mistake of the user's: one line that says what is wrong and what to do; exit code 2, no traceback."""
@@ -18,6 +20,12 @@ class RankError(UserError):
     """A UserError that concerns this rank and not its neighbours: every rank tells its own."""
 
     shared = False
+
+
+class Superseded(RankError):
+    """Another process has taken over the run folder: this one is late, and a restart of it would be late again."""
+
+    code = LATE
 
 
 class TrainingError(Exception):

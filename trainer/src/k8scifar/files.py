@@ -52,16 +52,16 @@ def names(folder: Path) -> list[str]:
         return []
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, before: Callable[[], None] = lambda: None) -> None:
     """Write `content` to a temporary name in the same folder, fsync, rename over `path`, fsync the folder; patiently.
 
-    A reader, or a crash, meets the old content or the new and never a part. Raises OSError; then `path` is as it was
-    and nothing temporary is left.
+    A reader, or a crash, meets the old content or the new and never a part. Raises OSError, and what `before`, which is
+    called just before the rename, raises; then `path` is as it was and nothing temporary is left.
     """
-    patiently(lambda: _write(path, content))
+    patiently(lambda: _write(path, content, before))
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
+def _write(path: Path, content: bytes | memoryview, before: Callable[[], None]) -> None:
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -69,6 +69,7 @@ def _write(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from TensorBoard's user
+        before()
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

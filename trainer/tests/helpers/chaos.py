@@ -1,8 +1,9 @@
 """Chaos: faults at random moments of a two-host training, and then: are the weights those of an undisturbed one?
 
 ``python trainer/tests/helpers/chaos.py --kills 20`` (`make chaos KILLS=20`) trains run after run, strikes until the
-faults are used up, compares each finished run with the undisturbed one, bit for bit, and prints a table. Needs
-root and Linux.
+faults are used up, compares each finished run with the undisturbed one, bit for bit, and prints a table. At the end a
+node of an elastic group is gone for good, and comes back later: that one's result is equal but for rounding. Needs root
+and Linux.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import elastic
 import hosts
 import yaml
 from pods import NAMES, Group
@@ -245,6 +247,42 @@ def chaos(folder: Path, kinds: list[str], kills: int, seed: int, report: Report)
             print(f"run {report.runs}: {'equals' if same else 'DIFFERS FROM'} the undisturbed", file=sys.stderr)
 
 
+def gone(folder: Path, seed: int) -> str:
+    """Take node 1 of an elastic group away for good at a random step, and bring it back later; returns what came of it.
+
+    Raises AssertionError where the training does not go on, or ends otherwise than an undisturbed one.
+    """
+    draw, data, config = random.Random(seed), folder / "data", folder / "elastic.yaml"
+    config.write_text(yaml.safe_dump(elastic.CONFIG))
+    with hosts.two(NAMES) as machines:
+        groups = [Group(machines, folder, config, data, name, *elastic.options()) for name in ("all-there", "one-gone")]
+        try:
+            for group in groups:
+                for rank in range(2):
+                    group.start(rank)
+                if group is groups[0]:
+                    group.until(lambda: groups[0].done, LIMIT, "the end")
+                    group.stop()
+            step = draw.randrange(3, 12)
+            group.until(lambda: group.step >= step, LIMIT, f"step {step}")
+            group.pods[1].stop()
+            left = time.monotonic()
+            frozen = elastic.goes_on_alone(group)
+            alone = group.steps[-1][0] - left
+            group.start(1)
+            elastic.comes_back(group, frozen)
+            back = time.monotonic() - group.pods[-1].starts[0]
+            group.until(lambda: group.done, LIMIT, "the end")
+            elastic.assert_equal_but_for_rounding(group.run_dir, groups[0].run_dir)
+        finally:
+            for group in groups:
+                group.stop()
+    return (
+        f"a node gone for good after step {step}: trained on without it {alone:.1f} s later ({elastic.options()[1]}), "
+        f"with it again {back:.1f} s after its start; losses and weights as undisturbed, but for rounding"
+    )
+
+
 def _result(run_dir: Path) -> tuple:
     """What must be equal to the last bit."""
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -259,10 +297,12 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which faults (all)")
     args = parser.parse_args()
     print(f"seed {args.seed}", file=sys.stderr)
-    report, error = Report(), ""
+    report, error, left = Report(), "", ""
     with tempfile.TemporaryDirectory(prefix="k8scifar-chaos-") as folder:
         try:
             chaos(Path(folder), args.kinds, args.kills, args.seed, report)
+            if args.kinds == list(KINDS):
+                left = gone(Path(folder), args.seed)
         except AssertionError as failure:
             error = f"error: with --seed {args.seed}: {failure}"
     print(f"{report.table()}\n\n{report.growth()}")
@@ -270,6 +310,7 @@ def main() -> int:
         f"{len(report.strikes)} faults in {report.runs} trainings, seed {args.seed}; "
         f"trainings that did not equal the undisturbed one bit for bit: {report.wrong}"
     )
+    print(left, end="\n" * bool(left))
     if error:
         print(error, file=sys.stderr)
     return 1 if report.wrong or error else 0

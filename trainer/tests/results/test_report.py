@@ -100,6 +100,19 @@ def test_the_page_needs_no_other_file_and_escapes_what_users_write(finished, tin
     assert text == report.page(folder, summary, split), "the same for the same inputs"
 
 
+def test_who_took_part_is_shown_where_that_changed(finished):
+    from k8scifar.results.summary import describe
+
+    folder, summary = finished
+    assert "took part" not in report.page(folder, summary, None) and "steps" not in describe(summary, folder)
+    parts = [{"from": 0, "to": 7, "world_size": 2}, {"from": 7, "to": 10, "nodes": [0], "world_size": 1}]
+    for text in (
+        report.page(folder, summary | {"members": parts}, None),
+        describe(summary | {"members": parts}, folder),
+    ):
+        assert "steps 0 to 7 by 2 rank(s)" in text and "steps 7 to 10 by 1 rank(s) on node 0" in text
+
+
 def test_the_pairs_most_often_taken_for_each_other():
     pairs = report._pairs([[10, 0], [3, 7]], ["cat", "dog"])
     assert pairs == [{"true": "dog", "predicted": "cat", "count": 3, "share": 0.3}]

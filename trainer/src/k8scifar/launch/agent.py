@@ -41,7 +41,10 @@ def main(arguments: list[str]) -> int:
         logging.disable(logging.ERROR)  # the ranks' own lines and the supervisor's say what torchrun would repeat
     parsed = torchrun.parse_args(arguments)
     try:
-        if int(parsed.nnodes) > 1:
+        if int(parsed.nnodes) > 1 and meeting.MIN_NODES in os.environ:
+            if store := _call_the_roll(parsed):
+                static_tcp_rendezvous.TCPStore = lambda *_, **__: store
+        elif int(parsed.nnodes) > 1:
             _meet(parsed)
         else:
             static_tcp_rendezvous.TCPStore = _store_on_loopback
@@ -82,13 +85,52 @@ def _meet(parsed: argparse.Namespace) -> None:
     address, port, store = parsed.master_addr, int(parsed.master_port), None
     job = f"--nnodes={parsed.nnodes} --nproc-per-node={parsed.nproc_per_node}"
     if parsed.node_rank:
-        seconds = float(dict(item.split("=") for item in parsed.rdzv_conf.split(","))["timeout"])
         try:
-            store = meeting.knock(address, port, parsed.node_rank, job, seconds)
+            store = meeting.knock(address, port, parsed.node_rank, job, _patience(parsed))
         except (TimeoutError, PeersDiffer) as error:
             print(f"k8scifar: error: {error}", file=sys.stderr)
             meeting.leave(str(error))
     meeting.watch(address, port, job, store)
+
+
+def _call_the_roll(parsed: argparse.Namespace) -> Any:
+    """Settle with the other nodes of an elastic group who takes part, and have torchrun start with those.
+
+    Returns the store that node 0 has opened for it; None on the others.
+    """
+    from k8scifar.launch import rollcall
+    from k8scifar.launch.attendance import Orders
+    from k8scifar.launch.scratch import Scratch
+    from k8scifar.results import members
+
+    address, port, node = parsed.master_addr, int(parsed.master_port), parsed.node_rank
+    ranks = int(parsed.nproc_per_node)
+    job = f"--nnodes={parsed.nnodes} --nproc-per-node={ranks} --min-nodes={os.environ[meeting.MIN_NODES]}"
+    scratch = Scratch(Path(os.environ["K8SCIFAR_SCRATCH"]), ranks)
+    try:
+        if node:
+            party = rollcall.answer(address, port, node, job, scratch, _patience(parsed))
+        else:
+            party = rollcall.call(address, port, job, Orders.read(scratch.path), scratch, _patience(parsed))
+    except (TimeoutError, PeersDiffer) as error:
+        print(f"k8scifar: error: {error}", file=sys.stderr)
+        meeting.leave(str(error))
+    except RuntimeError:
+        if not node:
+            raise
+        meeting.leave("node 0 was lost, or lets all nodes meet anew")
+    if len(party.nodes) < int(parsed.nnodes):
+        parsed.nnodes, parsed.node_rank = str(len(party.nodes)), party.nodes.index(node)
+        parsed.training_script_args.append(f"--set=distributed.world_size={len(party.nodes) * ranks}")
+        os.environ[members.NODES] = ",".join(map(str, party.nodes))
+    os.environ[members.ATTEMPT] = party.attempt
+    meeting.watch(address, port, job, party.store if node else None, party.look)
+    return None if node else party.store
+
+
+def _patience(parsed: argparse.Namespace) -> float:
+    """Seconds that the nodes wait for each other."""
+    return float(dict(item.split("=") for item in parsed.rdzv_conf.split(","))["timeout"])
 
 
 def _code(failed) -> int:

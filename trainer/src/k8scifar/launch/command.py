@@ -14,6 +14,7 @@ from k8scifar.config.schema import Config
 from k8scifar.console import say
 from k8scifar.errors import UserError
 from k8scifar.launch import sockets
+from k8scifar.launch.attendance import allowed
 from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.supervisor import Supervisor
 
@@ -47,6 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     job.add_argument(
         "--wait", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the other machines (300)"
+    )
+    job.add_argument(
+        "--min-nodes", type=_count, metavar="N", help="go on with N machines while others are gone (all: wait for them)"
+    )
+    job.add_argument(
+        "--elastic-wait",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="how long a machine may be gone before the others go on without it (120)",
+    )
+    job.add_argument(
+        "--elastic-grow",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long a machine that is back waits before it takes part, longer each time it has left again (60)",
     )
     job.add_argument(
         "--data-wait",
@@ -88,6 +106,7 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
         raise UserError(f"--wait {args.wait:g} must be above 0 seconds")
     if args.storage:
         args.sets = [*args.sets, f"distributed.storage={args.storage}"]
+    _check_elastic(args)
     config = loading.from_arguments(args)
     if config.distributed.interface:
         machine.check_interface(config.distributed.interface, "distributed.interface")
@@ -97,7 +116,7 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
             _check_host_name(args.master_addr)
     nproc = args.nproc_per_node or processes(config, args.nnodes, environment)
     args.sets = [*args.sets, f"distributed.world_size={args.nnodes * nproc}"]
-    return NodeSpec(
+    spec = NodeSpec(
         config=loading.from_arguments(args),
         train_arguments=train_arguments(args),
         nnodes=args.nnodes,
@@ -111,8 +130,28 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
         shutdown_timeout=args.shutdown_timeout,
         first_step=args.first_step,
         data_wait=args.data_wait,
+        min_nodes=args.min_nodes or args.nnodes,
+        elastic_wait=args.elastic_wait,
+        elastic_grow=args.elastic_grow,
         environment=dict(environment),
     )
+    if spec.is_elastic and allowed(spec) == [spec.nnodes]:
+        raise UserError(
+            f"--min-nodes {spec.min_nodes}: from that number up, only all {spec.nnodes} machines can share a global "
+            "batch; lower it (1 always can), or lower micro_batch"
+        )
+    return spec
+
+
+def _check_elastic(args: argparse.Namespace) -> None:
+    """Raise UserError where the options of an elastic group make no sense."""
+    if (args.min_nodes or 1) > args.nnodes:
+        raise UserError(f"--min-nodes {args.min_nodes} is more than --nnodes {args.nnodes}; lower it")
+    if (args.min_nodes or args.nnodes) < args.nnodes and args.restart == "never":
+        raise UserError("--min-nodes needs --restart always: who goes on alone starts again; leave out one of them")
+    for option, seconds in (("--elastic-wait", args.elastic_wait), ("--elastic-grow", args.elastic_grow)):
+        if not seconds > 0:
+            raise UserError(f"{option} {seconds:g} must be above 0 seconds")
 
 
 def _check_host_name(master: str) -> None:

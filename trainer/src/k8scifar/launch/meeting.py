@@ -12,11 +12,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 from k8scifar.errors import FAILED, PeersDiffer
 from k8scifar.ranks.store import connect
 
 AGAIN = "k8scifar/again"  # why all nodes should leave this store, in words
+MIN_NODES = "K8SCIFAR_MIN_NODES"  # environment variable of an elastic group: how few nodes go on
 JOB = "k8scifar/job"  # what all nodes must have been started with
 GRACE = 5.0  # seconds between losing the store and giving up: at the end of training it just closes first
 
@@ -32,7 +35,7 @@ def knock(address: str, port: int, rank: int, job: str, seconds: float):
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             store = connect(address, port)
             if store.add(f"k8scifar/node/{rank}", 1) == 1:
-                _compare(store, rank, job)
+                compare(store, rank, job)
                 return store
             store.set(AGAIN, f"node {rank} has started anew")
             while time.monotonic() < end:  # until the old store is gone
@@ -42,7 +45,7 @@ def knock(address: str, port: int, rank: int, job: str, seconds: float):
     raise TimeoutError(f"node 0 did not answer at {address}:{port} within {seconds:.0f} s")
 
 
-def _compare(store, rank: int, job: str) -> None:
+def compare(store, rank: int, job: str) -> None:
     """Raise PeersDiffer unless node 0 says the same `job`; one that says nothing within GRACE is taken as it is."""
     end = time.monotonic() + GRACE
     while time.monotonic() < end:
@@ -56,15 +59,16 @@ def _compare(store, rank: int, job: str) -> None:
         time.sleep(0.1)
 
 
-def watch(address: str, port: int, job: str, store=None) -> None:
+def watch(address: str, port: int, job: str, store=None, look: Callable[[Any], None] = lambda store: None) -> None:
     """From now on end this process when a node had to start anew, or when node 0's store is lost.
 
-    Without a `store`, this is node 0: it waits for its own and says there what `job` it was started with.
+    Without a `store`, this is node 0: it waits for its own and says there what `job` it was started with. `look` is
+    called with the store at each look.
     """
-    threading.Thread(target=_watch, args=(address, port, job, store), daemon=True).start()
+    threading.Thread(target=_watch, args=(address, port, job, store, look), daemon=True).start()
 
 
-def _watch(address: str, port: int, job: str, store) -> None:
+def _watch(address: str, port: int, job: str, store, look: Callable[[Any], None]) -> None:
     while store is None:
         try:
             store = connect(address, port)
@@ -74,6 +78,7 @@ def _watch(address: str, port: int, job: str, store) -> None:
             time.sleep(0.2)
     try:
         while not store.check([AGAIN]):
+            look(store)
             time.sleep(0.5)
         leave(store.get(AGAIN).decode())
     except RuntimeError:

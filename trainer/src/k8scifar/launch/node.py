@@ -10,6 +10,8 @@ from pathlib import Path
 
 from k8scifar import machine
 from k8scifar.config.schema import Config
+from k8scifar.launch import meeting
+from k8scifar.results import lease
 
 WORKER = "k8scifar.launch.worker"
 HAS_SAFE_PATH = sys.version_info >= (3, 11)  # whether PYTHONSAFEPATH is heard
@@ -50,7 +52,18 @@ class NodeSpec:
     """Seconds that a node other than 0 waits for the data set before it says so, and goes on waiting."""
     first_step: float = 900.0
     """Seconds that the ranks get for their first step, after which a missing heartbeat is theirs."""
+    min_nodes: int = 0
+    """The fewest nodes that go on without the others; 0 or `nnodes`: all have to be there."""
+    elastic_wait: float = 120.0
+    """Seconds that a node may be gone before the others go on without it."""
+    elastic_grow: float = 60.0
+    """Seconds, at least, that a node which is back waits outside before all meet anew with it."""
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the group may go on without a node that is gone for long."""
+        return 0 < self.min_nodes < self.nnodes
 
     @property
     def waits_for_data(self) -> bool:
@@ -88,10 +101,13 @@ class NodeSpec:
             "K8SCIFAR_SCRATCH": str(scratch),
             "K8SCIFAR_REASON_FILE": str(scratch / "reason"),
             "K8SCIFAR_SUPERVISOR_PID": str(os.getpid()),
+            lease.HOLDER: lease.holder(),
             "K8SCIFAR_PEER_TIMEOUT": str(self.config.distributed.timeout_seconds),
             # Read by torch 2.13 and newer in place of 30 s; the same as its --shutdown-timeout.
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(self.shutdown_timeout),
         }
+        if self.is_elastic:
+            ours[meeting.MIN_NODES] = str(self.min_nodes)
         if "TORCH_CPP_LOG_LEVEL" not in self.environment:
             ours["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # its warnings are of peers' names that have no reverse lookup
         if self.config.distributed.interface:

@@ -5,9 +5,13 @@ worker.py, agent.py and cli.py write these files; this reads them.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
 from pathlib import Path
+from typing import Any
 
-from k8scifar.errors import CRASHED, FAILED, PEER_LOST, PREEMPTED, USER_MISTAKE
+from k8scifar.errors import CRASHED, FAILED, LATE, PEER_LOST, PREEMPTED, USER_MISTAKE
 
 
 class Scratch:
@@ -34,6 +38,39 @@ class Scratch:
         return any(self.path.glob("started.*"))
 
     @property
+    def called(self) -> dict[str, Any]:
+        """Of an elastic group, on node 0: who takes part (members), who was gone for long (gone), since when (at)."""
+        return json.loads(_read(self.path / "called") or "{}")
+
+    @property
+    def welcome(self) -> list[int]:
+        """Of an elastic group, on node 0: nodes to be taken back, for which the others should meet anew."""
+        return json.loads(_read(self.path / "welcome") or "[]")
+
+    @property
+    def waits_for(self) -> str:
+        """What the agent of an elastic group waits for."""
+        return _read(self.path / "waiting")
+
+    def call(self, members: list[int], gone: list[int]) -> None:
+        """Tell the supervisor who takes part; `at` is time.monotonic(), which all processes share."""
+        self._write("called", json.dumps({"members": members, "gone": gone, "at": time.monotonic()}))
+
+    def welcome_back(self, nodes: list[int]) -> None:
+        """Tell the supervisor who is back."""
+        self._write("welcome", json.dumps(nodes))
+
+    def wait_for(self, text: str) -> None:
+        """Tell the supervisor what is waited for."""
+        if text != self.waits_for:
+            self._write("waiting", text)
+
+    def _write(self, name: str, text: str) -> None:
+        with contextlib.suppress(OSError):
+            (self.path / f".{name}").write_text(text)
+            (self.path / f".{name}").replace(self.path / name)
+
+    @property
     def alive(self) -> int:
         """When torchrun last showed a sign of life, ns; 0 before the first."""
         try:
@@ -45,7 +82,7 @@ class Scratch:
     def reason(self) -> str:
         """Why the attempt ended; what a rank did by itself comes before what it says of others."""
         reasons = sorted(self.path.glob("reason.*"), key=lambda path: path.stat().st_mtime)
-        for kind in (USER_MISTAKE, CRASHED, FAILED, None):
+        for kind in (USER_MISTAKE, LATE, CRASHED, FAILED, None):
             for path in reasons:
                 text = _read(path)
                 if text and (kind is None or _read(path.with_name(f"exit{path.suffix}")) == str(kind)):
@@ -63,6 +100,8 @@ class Scratch:
         codes = self.exit_codes
         if USER_MISTAKE in codes or code == USER_MISTAKE:
             return USER_MISTAKE
+        if LATE in codes:
+            return LATE
         saved = len(codes) == self._ranks and set(codes) <= {0, PREEMPTED}
         if saved or (stopping and not self.joined):
             return PREEMPTED

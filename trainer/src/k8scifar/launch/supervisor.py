@@ -17,15 +17,16 @@ import time
 from pathlib import Path
 
 from k8scifar.console import say
-from k8scifar.errors import CRASHED, FAILED, PEER_LOST, PREEMPTED, USER_MISTAKE, UserError
+from k8scifar.errors import CRASHED, FAILED, LATE, PEER_LOST, PREEMPTED, USER_MISTAKE, UserError
 from k8scifar.heartbeat import Heartbeat
 from k8scifar.launch import kubernetes, processes, sockets
+from k8scifar.launch.attendance import Attendance
 from k8scifar.launch.door import Door
 from k8scifar.launch.needs import Need, needs
 from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.scratch import Scratch
 from k8scifar.launch.termination import leave_message
-from k8scifar.results import notes, ownership
+from k8scifar.results import lease, members, notes, ownership
 from k8scifar.results.summary import MARKER, finished_summary, newest_checkpoint, read_summary
 
 POLL = 0.1  # seconds between two looks at the child
@@ -46,6 +47,7 @@ class Supervisor:
         self.reason = ""
         self.failures = 0  # of this node's own, since the last new checkpoint
         self._newest = ""  # checkpoint at the last failure
+        self._attendance = Attendance(spec) if spec.is_elastic and not spec.node_rank else None
         self.heartbeat = Heartbeat(spec.environment.get("K8SCIFAR_HEARTBEAT"))
         self._next: dict[str, float] = {}
         self._done = False
@@ -55,8 +57,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         processes.adopt_orphans()
-        if not self._owns_run():
-            return USER_MISTAKE
+        if refused := self._refused():
+            return refused
         attempts = 0
         while not self.signals:
             if self.spec.nnodes > 1 and self._is_finished():
@@ -77,7 +79,7 @@ class Supervisor:
                 return self._stopped(code)
             if code == 0:
                 return self._after_done()
-            if code == USER_MISTAKE or not self.spec.restart:
+            if code in (USER_MISTAKE, LATE) or not self.spec.restart:
                 return self._end(code)
             self.reason = self.reason or ("a peer was lost" if code == PEER_LOST else "the ranks left no reason")
             pause = self._pause(code)
@@ -104,18 +106,19 @@ class Supervisor:
 
     # Before an attempt
 
-    def _owns_run(self) -> bool:
-        """Whether the run folder is this release's or nobody's; if it is not, say whose it is."""
+    def _refused(self) -> int:
+        """The exit code where the run folder is another release's or another pod's by now; 0 where it may be ours."""
         try:
             ownership.check_owner(self.spec.config.run_dir, self.spec.config.checkpoint.adopt)
+            lease.check_holder(self.spec.config.run_dir)
         except UserError as error:
             self.reason = str(error)
             say(f"k8scifar: error: {self.reason}")
             self._note(self.reason)  # nothing in the run's own place, which is another's
-            return False
+            return FAILED if error.code == LATE else error.code
         except OSError:
             pass  # a volume that is away for a while: rank 0 will look again
-        return True
+        return 0
 
     def _has(self, need: Need) -> bool:
         """Wait until the need is met; False, with the reason, where that takes too long."""
@@ -141,12 +144,16 @@ class Supervisor:
         self.reason = ""
         spec, path = self.spec, Path(tempfile.mkdtemp(prefix="k8scifar-"))
         scratch = Scratch(path, spec.nproc_per_node)
+        if self._attendance:
+            self._attendance.order(path)
         child = processes.Child(spec.command(spec.master_port or sockets.free_port()), spec.child_environment(path))
         try:
             self._watch(child, scratch, number)
         finally:
             child.kill_tree()
             code = self._judge(child.code, scratch)
+            if self._attendance:
+                self._attendance.learn(scratch)
             shutil.rmtree(path, ignore_errors=True)
         return code
 
@@ -163,6 +170,11 @@ class Supervisor:
                 told = self.signals
                 child.signal(signal.SIGTERM)
                 deadline = now + (self.spec.shutdown_timeout + LINGER if told == 1 else 0.0)
+            elif deadline is None and (back := scratch.welcome):
+                self.reason = f"{members.named(back)} came back: all nodes meet anew"
+                say(f"k8scifar: {self.reason}, once the ranks have saved")
+                child.signal(signal.SIGTERM)
+                deadline = now + self.spec.shutdown_timeout + LINGER
             elif not self.signals and deadline is None and (codes := scratch.exit_codes):
                 if any(codes) or (len(codes) == self.spec.nproc_per_node and self.spec.node_rank == 0):
                     deadline = now + LINGER
@@ -187,8 +199,11 @@ class Supervisor:
             if looks and self._is_finished():
                 return
             if not joined and now - begun > 20 and self._due("waiting", 30):
-                where = f"{self.spec.master_addr}:{self.spec.master_port}"
-                say(f"k8scifar: waiting for all {self.spec.nnodes} nodes to meet at {where} ({now - begun:.0f} s)")
+                where, seconds = f"{self.spec.master_addr}:{self.spec.master_port}", f"({now - begun:.0f} s)"
+                if what := scratch.waits_for:
+                    say(f"k8scifar: waiting for {what} {seconds}")
+                else:
+                    say(f"k8scifar: waiting for all {self.spec.nnodes} nodes to meet at {where} {seconds}")
             time.sleep(POLL)
 
     def _check_shared(self) -> None:
@@ -283,8 +298,9 @@ class Supervisor:
 
     def _end(self, code: int) -> int:
         self._note(self.reason)
-        self._journal("stopped" if code == PREEMPTED else "failed")
-        return FAILED if code == PEER_LOST else code
+        if code != LATE:  # who came after us writes the notes now
+            self._journal("stopped" if code == PREEMPTED else "failed")
+        return FAILED if code in (PEER_LOST, LATE) else code
 
     def _journal(self, state: str, attempt: int = 0, reason: str = "") -> None:
         if self.spec.restart:  # somebody else will ask

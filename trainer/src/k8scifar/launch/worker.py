@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from k8scifar.errors import CRASHED, FAILED, PEER_LOST, PREEMPTED
+from k8scifar.errors import CRASHED, FAILED, LATE, PEER_LOST, PREEMPTED
 from k8scifar.launch import processes
 
 
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         (folder / f"reason.{rank}").write_text(f"rank {rank} failed: {type(error).__name__}: {lines[0]}"[:500])
     finally:
         (folder / f"exit.{rank}").write_text(str(int(code or 0)))
-    if code in (FAILED, CRASHED, PEER_LOST):  # torch's own end would wait for a peer that is lost
+    if code in (FAILED, CRASHED, PEER_LOST, LATE):  # torch's own end would wait for a peer that is lost
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

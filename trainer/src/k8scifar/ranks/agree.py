@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from k8scifar import heartbeat
-from k8scifar.errors import PeersDiffer, TrainingError, UserError
+from k8scifar.errors import PeersDiffer, Superseded, TrainingError, UserError
 from k8scifar.ranks.world import World
 
 PATIENCE = 10  # time-outs that the ranks wait for what one of them does, as long as it says that it is at it
@@ -105,6 +105,8 @@ def _in_thread(work: Callable[[], Any]) -> Future[dict[str, Any]]:
     def run() -> None:
         try:
             job.set_result({"value": work()})
+        except Superseded as error:  # this process's own mistake: the others must not end for it
+            job.set_exception(error)
         except (UserError, TrainingError) as error:
             kind = UserError if isinstance(error, UserError) else TrainingError
             job.set_result({kind.__name__: str(error)})

@@ -1,4 +1,4 @@
-"""Whose a run folder is: the release that made it (owner.json), and the training that writes in it now (.lock).
+"""Whose a run folder is: the release that made it (owner.json), and the training that writes in it now (.lock, lease).
 
 Two users with one NFS export, or two terminals, must not train in one folder: the second is refused, with a line that
 names the first, before anything is changed.
@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from k8scifar import files
 from k8scifar.errors import PeerLost, UserError
+from k8scifar.results import lease
 
 try:
     import fcntl
@@ -44,14 +45,16 @@ def check_owner(run_dir: Path, adopt: bool) -> None:
 def take(run_dir: Path, adopt: bool) -> None:
     """Make the folder this training's: write its owner, hold its lock until `leave`, or until this process ends.
 
-    A file system without locks is trusted. Raises UserError (another's folder, another training), PeerLost
-    (another pod of this release still holds it) and OSError.
+    Where a file system has no locks, the lease alone tells who came last. Raises UserError (another's folder, another
+    training; Superseded: another pod came after this one), PeerLost (another pod of this release still holds it) and
+    OSError.
     """
     check_owner(run_dir, adopt)
     if run_dir not in _held:
         file = open(run_dir / LOCK, "a+b")  # noqa: SIM115 (held open on purpose)
         try:
             _lock(file, run_dir)
+            lease.take(run_dir)
         except BaseException:
             file.close()
             raise
@@ -63,6 +66,7 @@ def take(run_dir: Path, adopt: bool) -> None:
 
 def leave() -> None:
     """Let go of every folder that this process holds."""
+    lease.leave()
     while _held:
         _held.popitem()[1].close()
 

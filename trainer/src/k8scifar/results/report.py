@@ -23,6 +23,7 @@ import k8scifar
 from k8scifar.data import packed
 from k8scifar.errors import UserError
 from k8scifar.files import write_atomically
+from k8scifar.results import members
 from k8scifar.results.speedup import sentence
 from k8scifar.results.summary import MARKER, beside, read_summary, with_todays_names
 from k8scifar.urls import local
@@ -109,6 +110,7 @@ def page(folder: Path, summary: dict[str, Any], split: packed.Split | None) -> s
         name=folder.resolve().name,
         summary=summary,
         beside=beside(summary),
+        took_part=members.told(summary.get("members", [])),
         duration=_duration(summary["seconds"]),
         when=times,
         plots=_plots(history, curves, summary),

@@ -17,7 +17,7 @@ from k8scifar.console import say
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import FULL, TRANSIENT, patiently, remove_temporary, unwritten, write_atomically
-from k8scifar.results import ownership, weights
+from k8scifar.results import lease, members, ownership, weights
 from k8scifar.results.summary import MARKER, read_summary
 
 
@@ -52,6 +52,10 @@ class RunFolder:
                 "or choose another --runs-dir"
             ) from None
 
+    def check(self) -> None:
+        """Raise Superseded where another process has taken over the folder since; asked before each write."""
+        lease.check(self.path)
+
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, None where there is none that can be read."""
         return read_summary(self.path)
@@ -59,6 +63,10 @@ class RunFolder:
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write the whole of metrics.jsonl: after a resume, too, it holds each epoch once. Raises TrainingError."""
         self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
+    def write_members(self, present: list[members.Members]) -> None:
+        """Write members.json, who takes part. Raises TrainingError."""
+        self._write(members.FILE, members.content(self.path, present) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the mark of a finished run. Raises TrainingError."""
@@ -86,6 +94,7 @@ class RunFolder:
         """Write the weights for others to use (as `weights.write`); returns the file's sha256. Raises TrainingError."""
         path = self.path / weights.WEIGHTS
         try:
+            self.check()
             return weights.write(path, tensors, about)
         except OSError as error:
             raise TrainingError(unwritten(path, error)) from None
@@ -96,6 +105,6 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> None:
         try:
-            write_atomically(self.path / name, text.encode())
+            write_atomically(self.path / name, text.encode(), before=self.check)
         except OSError as error:
             raise TrainingError(unwritten(self.path / name, error)) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from k8scifar.errors import FAILED, UserError
-from k8scifar.results import notes, ownership
+from k8scifar.results import members, notes, ownership
 from k8scifar.results.summary import beside, read_summary
 from k8scifar.urls import local
 
@@ -54,9 +54,13 @@ def look(run_dir: Path) -> dict[str, Any]:
     if summary := read_summary(run_dir):
         keys = ("accuracy", "accuracy_tta", "epochs", "seconds", "world_size", "data")
         return found | {key: summary.get(key) for key in keys} | {"state": "done"}
-    for state in ("failed", "stopped"):
-        reasons = [f"node {node}: {note.get('reason')}" for node, note in nodes.items() if note.get("state") == state]
-        if reasons:
+    told = members.read(run_dir)
+    present = (told.get("members") or [{}])[-1].get("nodes", list(nodes))
+    if len(present) < told.get("most", 0):
+        found["present"] = present
+    for state in ("failed", "stopped"):  # of those who take part: the others go on without the rest
+        states = {node: note for node, note in nodes.items() if node in present and note.get("state") == state}
+        if reasons := [f"node {node}: {note.get('reason')}" for node, note in states.items()]:
             return found | {"state": state, "reason": "; ".join(reasons)}
     if any(note.get("state") == "training" for note in nodes.values()) or (last and not nodes):
         found["state"] = "training"
@@ -93,6 +97,8 @@ def describe(run_dir: Path, found: dict[str, Any], waited: float) -> str:
         text = f"training, {found['epoch']} epoch(s) finished" if "epoch" in found else "training, in its first epoch"
         if found.get("test_accuracy") is not None:
             text += f", test accuracy {found['test_accuracy']:.2%}{beside(found)}"
+        if "present" in found:
+            text += f", on {members.named(found['present'])} alone"
         if not found.get("moves"):
             text += f"; nothing was written in {waited:.0f} s" if waited else ""
     elif state in ("failed", "stopped"):

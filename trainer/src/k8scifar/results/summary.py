@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from k8scifar.config.schema import Config
+from k8scifar.results import members
 
 MARKER = "summary.json"
 RENAMED = {"test_pictures": "test_images", "picture": "image"}
@@ -61,5 +62,15 @@ def describe(summary: dict[str, Any], folder: Path) -> str:
         f"test accuracy {summary['accuracy']:.2%}{beside(summary)}{tta} after {summary['epochs']} epochs, "
         f"{summary['seconds']:.0f} s, "
         f"{summary['training_flops'] / 1e15:.3f} PFLOP, {summary['images_per_second']:,.0f} images/s on "
-        f"{summary['world_size']} rank(s); see {folder}"
+        f"{summary['world_size']} rank(s){_took_part(summary)}; see {folder}"
+    )
+
+
+def _took_part(summary: dict[str, Any]) -> str:
+    """Who took part from which step to which, where that changed."""
+    told = members.told(summary.get("members", []))
+    return (
+        f" at the end; {', '.join(told) if len(told) < 6 else f'{len(told) - 1} times others took part'}"
+        if told
+        else ""
     )

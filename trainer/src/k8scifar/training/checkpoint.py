@@ -13,14 +13,14 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from k8scifar import files
-from k8scifar.errors import UserError
+from k8scifar.errors import Superseded, UserError
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
@@ -138,11 +138,13 @@ class Writer:
     """Writes checkpoints in the background, keeps the newest `keep` and the best one, removes the others.
 
     A write that fails (a full disk) is told through `warn`, leaves the older files as they are, and training goes on.
+    `before` is called just before a file is renamed into place; what it raises as Superseded is kept in `late`.
     """
 
-    def __init__(self, folder: Path, keep: int, warn) -> None:
-        self._folder, self._keep, self._warn = folder, keep, warn
+    def __init__(self, folder: Path, keep: int, warn, before: Callable[[], None] = lambda: None) -> None:
+        self._folder, self._keep, self._warn, self._before = folder, keep, warn, before
         self.written = (0, 0)  # step and digest, as a number of 48 bits, of the newest that is safe
+        self.late: Superseded | None = None
         self._jobs: queue.Queue[tuple[Payload, int, int | None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         self._thread.start()
@@ -173,8 +175,11 @@ class Writer:
             try:
                 content = encode(payload)
                 path = self._folder / file_name(step, content)
-                files.write_atomically(path, content)
+                files.write_atomically(path, content, before=self._before)
                 self.written = (step, int(_digest(content)[:12], 16))
+            except Superseded as error:
+                self.late = error
+                continue
             except Exception as error:  # whatever it is, the next one may be written
                 self._warn(f"{files.unwritten(f'checkpoint of step {step}', error)}; training goes on")
                 continue

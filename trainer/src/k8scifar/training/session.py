@@ -18,6 +18,7 @@ from k8scifar.errors import TrainingError, UserError
 from k8scifar.ranks import agree
 from k8scifar.ranks.device import resolve_precision
 from k8scifar.ranks.world import World, settle
+from k8scifar.results import members
 from k8scifar.results.display import Display
 from k8scifar.results.outcome import Outcome
 from k8scifar.results.progress import epoch_line
@@ -53,6 +54,8 @@ class Session:
         why, why_so = work.settle(config, world, self.state, plan, self.train_images, self.precision, payload)
         changed = self.state.restore(payload) if payload else ""
         self.first_step = self.state.step
+        now = members.present(self.first_step, world.size)
+        self.state.members = members.joined(self.state.members, now)
         self.agreement = agree.Agreement(world, ("stop", "save", "bad"))
         several = world.local_size < world.size
         self.clock = StepClock(world.device, running=world.is_main or several)
@@ -64,7 +67,8 @@ class Session:
         self.tell = self.display.write if world.is_main else say  # what this node has to say for itself
         self._writer = None
         if world.keeps:
-            self._writer = checkpoint.Writer(self.folder.checkpoints, config.checkpoint.keep, self.tell)
+            keep = config.checkpoint.keep
+            self._writer = checkpoint.Writer(self.folder.checkpoints, keep, self.tell, before=self.folder.check)
         self._spent = self.state.history[-1]["seconds"] if self.state.history else 0.0
         self._started = self._epoch_started = self._saved = time.monotonic()
         self._drift_told = False
@@ -74,6 +78,8 @@ class Session:
         if world.size > 1:
             self.display.write(f"communication: {self.state.exchange.label}; {why}")
         self._tell_shares(why_so)
+        if world.is_main and (len(now["nodes"]) > 1 or len(self.state.members) > 1):
+            self._tell_members()
         if changed:
             self.display.write(f"going on with other settings than the checkpoint's: {changed}")
         self.display.write(self.headline())
@@ -154,8 +160,13 @@ class Session:
             )
 
     def step(self) -> None:
-        """The optimiser's step; one whose gradients overflowed in fp16 is left out, and told. Raises UserError."""
+        """The optimiser's step; one whose gradients overflowed in fp16 is left out, and told. Raises UserError.
+
+        On rank 0 raises Superseded, too, once a checkpoint found that another process has the run folder.
+        """
         state = self.state
+        if self._writer and self._writer.late:
+            raise self._writer.late
         scale = scaling.step(state.scaler, state.optimizer, self.world)
         if scale is None:
             return
@@ -217,6 +228,8 @@ class Session:
             self.outcome = self.evaluate(pixels, final, keep_going)
             record |= {f"test_{key}": value for key, value in self.outcome.figures.items() if key != "per_class"}
         steps_here = step - max(self.first_step, step - self.plan.steps_per_epoch)
+        if len(state.members) > 1:  # else all did, all the time
+            record["members"] = members.within(state.members, step - self.plan.steps_per_epoch, step)
         record["images_per_second"] = round(steps_here * self.config.global_batch / max(seconds, 1e-9), 1)
         record["seconds"] = round(self._spent + time.monotonic() - self._started, 1)
         record["checkpoint_seconds"], self._stalled = round(self._stalled, 3), 0.0
@@ -268,7 +281,7 @@ class Session:
         return ending.end(self)
 
     def close(self) -> None:
-        """Finish what is being written; not collective."""
+        """Finish what is being written; not collective. Raises Superseded where another process has the run folder."""
         self.close_writer()
         self.display.close()
 
@@ -289,16 +302,26 @@ class Session:
             self.display.board.outcome(self.outcome, self.splits["test"], self.manifest.classes, self.state.step)
         self.display.write(epoch_line(record, self.config.epochs))
 
+    def _tell_members(self) -> None:
+        """Leave word who takes part, for node 0's supervisor and `k8scifar status`."""
+        try:
+            self.folder.write_members(self.state.members)
+        except TrainingError as error:  # each attempt writes it again
+            self.display.write(f"{error}; training goes on")
+
     def _on_device(self, name: str, border: int = 0) -> Images:
         split = self.splits[name]
         images, labels = (torch.from_numpy(array).to(self.world.device) for array in (split.images, split.labels))
         return Images(images, labels, self.manifest.mean, self.manifest.std, border)
 
     def close_writer(self) -> tuple[int, int]:
-        """Step and digest of the newest file that this rank has written; see checkpoint.Writer."""
-        if self._writer:
-            self._writer.close()
-            self._written, self._writer = self._writer.written, None
+        """Step and digest of the newest file that this rank has written; see checkpoint.Writer. Raises Superseded."""
+        writer, self._writer = self._writer, None
+        if writer:
+            writer.close()
+            self._written = writer.written
+            if writer.late:
+                raise writer.late
         return self._written
 
 

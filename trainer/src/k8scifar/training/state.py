@@ -43,6 +43,7 @@ class State:
     first_bad: torch.Tensor  # int64 []: the step of this rank's first loss that was not finite, 0: none
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
+    members: list[dict[str, Any]] = field(default_factory=list)  # who took part from which step on
 
     @classmethod
     def fresh(cls, config: Config, manifest: Manifest, world: World, images: Images, precision: str) -> State:
@@ -183,6 +184,7 @@ class State:
             "share": self.shares.saved(),
             "comm": communication,
             "history": [dict(record) for record in self.history],
+            "members": self.members,
             "rng": torch.get_rng_state(),  # nothing draws from it while training; kept for what may come
         }
 
@@ -196,6 +198,8 @@ class State:
         if saved := payload.get("comm"):
             self.exchange.restore(saved)
         self.step, self.history = payload["step"], [with_todays_names(record) for record in payload["history"]]
+        former = {"from": 0, "world_size": payload["world_size"]}
+        self.members = payload.get("members", [former])
         local = payload["local"]
         then = Shares.from_saved(payload.get("share"), sum(self.shares.counts), len(local))
         if then.counts == self.shares.counts:

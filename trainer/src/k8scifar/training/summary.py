@@ -9,7 +9,7 @@ import torch
 
 from k8scifar import versions
 from k8scifar.config.schema import COMM
-from k8scifar.results import speedup
+from k8scifar.results import members, speedup
 from k8scifar.results.outcome import Outcome
 from k8scifar.training import model, optim
 from k8scifar.training.plan import Plan
@@ -38,6 +38,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
         "epochs": plan.config.epochs,
         "steps": plan.steps,
         "world_size": state.world.size,
+        **_members(state, plan),
         "device": device_name(state.world.device),
         "precision": precision,
         "global_batch": plan.config.global_batch,
@@ -51,6 +52,11 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
         "identity": plan.config.identity() | {COMM: state.exchange.name if state.world.size > 1 else "auto"},
         "versions": versions.versions(),
     } | ({"machines": machines} if machines else {})
+
+
+def _members(state: State, plan: Plan) -> dict[str, Any]:
+    """Who took part from which step to which, where that changed."""
+    return {"members": members.within(state.members, 0, plan.steps)} if len(state.members) > 1 else {}
 
 
 def device_name(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from k8scifar import files, versions
@@ -12,6 +13,7 @@ from k8scifar.data.prepare import require
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.ranks import agree, transfer
 from k8scifar.ranks.world import World, node_of_this_rank
+from k8scifar.results import members
 
 RECEIVED = ".received"  # fingerprints of the data sets that another node gave this folder, which may be replaced
 
@@ -34,7 +36,8 @@ def supply(config: Config, manifest: packed.Manifest | None, world: World) -> pa
     gave it.
     """
     data = {"data": manifest.fingerprint} if manifest else {}
-    agree.meet(world, config.shared() | data | _mathematics())
+    attempt = {"attempt": os.environ.get(members.ATTEMPT, "")}  # a rank of a former one belongs to nobody here
+    agree.meet(world, config.shared() | data | _mathematics() | attempt)
     if manifest:
         return manifest
     folder, is_first = Path(config.data.dir), world.local_rank == 0

@@ -7,6 +7,8 @@ Where: ``write:TEXT`` before a file whose name holds TEXT is renamed into place 
 name), ``rename:TEXT`` just after, ``call:MODULE.FUNCTION`` before a call.
 What: ``kill``, ``kill-soon`` (in 50 ms), ``term`` (SIGTERM), ``freeze`` (SIGSTOP), ``stall=SECONDS``, or an OSError by
 its name, such as ``ESTALE``.
+
+K8SCIFAR_NO_LOCKS=1: no file can be locked, as on some NFS mounts.
 """
 
 import errno
@@ -95,6 +97,18 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return call
 
 
+def without_locks() -> None:
+    """Have flock fail."""
+    import fcntl
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.flock = flock
+
+
+if os.environ.get("K8SCIFAR_NO_LOCKS"):
+    without_locks()
 if faults := os.environ.get("K8SCIFAR_FAULTS"):
     parsed = []
     for number, item in enumerate(faults.split()):

@@ -1,0 +1,150 @@
+"""Whom node 0 waits for, with whom it goes on, whom it takes back and when."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import pytest
+
+from k8scifar.config import loading
+from k8scifar.errors import UserError
+from k8scifar.launch import attendance, command
+from k8scifar.launch.attendance import Attendance, Orders
+from k8scifar.launch.node import NodeSpec
+from k8scifar.launch.scratch import Scratch
+from k8scifar.results import members
+
+ORDERS = Orders(allowed=[1, 2, 3, 4], expected=[0, 1, 2, 3], pauses=[60.0] * 4, missed=1000.0, wait=120.0, met=True)
+
+
+def test_who_is_missed_is_waited_for_and_then_done_without():
+    assert ORDERS.decide([0, 1, 3], now=1119.0) is None
+    assert ORDERS.decide([0, 1, 3], now=1120.0) == [0, 1, 3]
+    assert ORDERS.decide([0, 1, 2, 3], now=1000.0) == [0, 1, 2, 3]
+
+
+def test_a_group_that_never_met_waits_for_everybody():
+    fresh = replace(ORDERS, met=False)
+    assert fresh.decide([0, 1, 3], now=1e9) is None
+    assert fresh.decide([0, 1, 2, 3], now=1000.0) == [0, 1, 2, 3]
+
+
+def test_no_more_nodes_than_can_share_a_batch_and_no_fewer_than_asked_for():
+    some = replace(ORDERS, allowed=[2, 4])
+    assert some.decide([0, 1, 3], now=2000.0) == [0, 1]
+    assert some.decide([0], now=2000.0) is None
+
+
+def test_who_has_waited_long_enough_is_taken_back_if_the_group_grows_by_it():
+    orders = replace(ORDERS, pauses=[60.0, 60.0, 60.0, 240.0])
+    assert orders.grown([0, 1], {2: 59.0, 3: 100.0}) == []
+    assert orders.grown([0, 1], {2: 61.0, 3: 100.0}) == [2]
+    assert orders.grown([0, 1], {2: 61.0, 3: 241.0}) == [2, 3]
+    assert replace(orders, allowed=[2, 4]).grown([0, 1], {2: 61.0, 3: 100.0}) == []
+
+
+@pytest.fixture
+def group(tmp_path, monkeypatch):
+    """``group(members, gone, welcome, seconds)`` lets an attempt pass and returns the orders of the next one."""
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    config = loading.load(None, [f"runs_dir={tmp_path}", "micro_batch=25", "global_batch=100"], "demo")
+    spec = NodeSpec(config=config, train_arguments=[], nnodes=2, min_nodes=1)
+    desk, scratch = Attendance(spec), Scratch(tmp_path, 1)
+    config.run_dir.mkdir()
+
+    def orders() -> Orders:
+        desk.order(tmp_path)
+        return Orders.read(tmp_path)
+
+    def passes(nodes: list[int], gone: list[int] = (), welcome: list[int] = (), seconds: float = 30.0) -> Orders:
+        if len(nodes) == 2:
+            text = members.content(config.run_dir, [{"from": 0, "nodes": nodes, "world_size": 2}])
+            (config.run_dir / members.FILE).write_text(text)
+        scratch.call(nodes, list(gone))
+        scratch.welcome_back(list(welcome))
+        clock[0] += seconds
+        desk.learn(scratch)
+        return orders()
+
+    passes.first = orders
+    return passes
+
+
+def test_the_first_time_all_are_waited_for_and_a_restart_of_node_0_knows_that_they_met(group):
+    assert not group.first().met
+    assert group([0, 1]).met
+    assert group.first().expected == [0, 1]
+
+
+def test_who_was_gone_is_not_waited_for_again_until_it_is_welcome(group):
+    group([0, 1])
+    assert group([0], gone=[1]).expected == [0]
+    assert group([0], welcome=[1]).expected == [0, 1]
+
+
+def test_who_keeps_leaving_waits_longer_each_time_and_who_stays_starts_over(group):
+    group([0, 1])
+    found = []
+    for _ in range(7):
+        found.append(group([0], gone=[1]).pauses[1])
+        group([0], welcome=[1])
+        group([0, 1])
+    assert found == [60, 120, 240, 480, 960, 960, 960]
+    group([0, 1], seconds=attendance.LONGEST * 60.0)
+    assert group([0], gone=[1]).pauses[1] == 60
+
+
+def test_a_finished_run_that_meets_again_expects_everybody(group, tmp_path):
+    group([0, 1])
+    assert group([0], gone=[1]).expected == [0]
+    (tmp_path / "demo" / "summary.json").write_text('{"epochs": 1000}')
+    assert group.first().expected == [0, 1]
+
+
+def test_an_attempt_for_which_nobody_was_called_changes_nothing(group, tmp_path):
+    before = group([0, 1])
+    (tmp_path / "called").unlink()
+    assert group.first() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--min-nodes=3"], "--min-nodes 3 is more than --nnodes 2; lower it"),
+        (["--min-nodes=0"], None),
+        (["--min-nodes=1", "--elastic-wait=0"], "--elastic-wait 0 must be above 0 seconds"),
+        (["--min-nodes=1", "--elastic-grow=-1"], "--elastic-grow -1 must be above 0 seconds"),
+        (["--min-nodes=1", "--restart=never"], "leave out one of them"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, words, capsys):
+    from k8scifar.cli import main
+
+    arguments = ["launch", "--nnodes=2", "--node-rank=0", "--master-addr=127.0.0.1", "--check", *options]
+    if words is None:
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+    else:
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+
+
+def test_a_number_of_nodes_that_can_never_share_a_batch_is_refused(monkeypatch):
+    def odd_numbers_only(config, world_size: int) -> None:
+        if world_size == 2:
+            raise ValueError
+
+    monkeypatch.setattr(attendance, "check_world_size", odd_numbers_only)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    settings = ["--set=micro_batch=10", "--set=global_batch=30"]
+    common = ["--nnodes=3", "--node-rank=0", "--master-addr=127.0.0.1", *settings]
+    with pytest.raises(UserError, match="only all 3 machines can share a global batch"):
+        command.node_spec(parser.parse_args([*common, "--min-nodes=2"]), {})
+    spec = command.node_spec(parser.parse_args([*common, "--min-nodes=1"]), {})
+    assert spec.is_elastic and attendance.allowed(spec) == [1, 3]
+    assert not command.node_spec(parser.parse_args(common), {}).is_elastic
