@@ -17,14 +17,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def stage(tmp_path: Path):
-    """Stand-ins for kubectl and its like."""
-    from cluster_stage import Stage
-
-    return Stage(tmp_path)
-
-
-@pytest.fixture
 def api(tmp_path: Path):
     """A server for a real kubectl."""
     from kube_api import serving

@@ -110,3 +110,11 @@ def small_disk(tmp_path: Path):
     yield mount
     if os.path.ismount(mounted):
         subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+@pytest.fixture
+def stage(tmp_path: Path):
+    """Stand-ins for kubectl and its like."""
+    from cluster_stage import Stage
+
+    return Stage(tmp_path)
