@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
         lines = str(error).strip().splitlines() or [""]
         (folder / f"reason.{rank}").write_text(f"rank {rank} failed: {type(error).__name__}: {lines[0]}"[:500])
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is settled; Python's own would show what comes now
         (folder / f"exit.{rank}").write_text(str(int(code or 0)))
     if code in (FAILED, CRASHED, PEER_LOST, LATE):  # torch's own end would wait for a peer that is lost
         sys.stdout.flush()
