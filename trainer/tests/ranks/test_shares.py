@@ -205,6 +205,9 @@ def test_an_epoch_s_clocks_are_read_by_resolution_without_the_first_step(monkeyp
     assert {pixels: steps for pixels, (steps, _) in found.items()} == {8: 2, 12: 1}
     assert found[8][1].tolist() == [[2.0, 4.0, 8.0, 16.0, 32.0], [4.0, 8.0, 16.0, 32.0, 64.0]]
     assert counting.read() == {}
+    counting.begin(8)
+    clock.steps[8] += 1
+    assert [(pixels, steps) for pixels, (steps, _) in counting.read().items()] == [(8, 1)], "none at 12 pixels since"
     divided = Shares([3, 1], Speeds([1.0, 4.0], [0.0, 0.0], 8))
     assert meter.own_seconds({8: found[8]}, divided) == [1.0, 6.0], "(2 + 4) s of 2 steps, three micro-batches and one"
     speed = meter.speed(found, divided, world, 100)

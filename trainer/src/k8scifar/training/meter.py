@@ -39,14 +39,15 @@ class Meter:
 
     def _look(self) -> None:
         now = self._clock.total()
-        spent = torch.tensor([now[part] - self._before[part] for part in PARTS], dtype=torch.float64)
-        steps, so_far = self._found.get(self._pixels, (0, 0.0))
-        self._found[self._pixels] = steps + self._steps, so_far + spent
+        if self._steps:
+            spent = torch.tensor([now[part] - self._before[part] for part in PARTS], dtype=torch.float64)
+            steps, so_far = self._found.get(self._pixels, (0, 0.0))
+            self._found[self._pixels] = steps + self._steps, so_far + spent
         self._before, self._steps = now, 0
 
     def read(self) -> dict[int, tuple[int, torch.Tensor]]:
         """Pixels -> (steps, seconds [world size, PARTS]) since the last reading; the same on all ranks, collective."""
-        if self._steps:
+        if self._before is not None:
             self._look()
         found = {pixels: (steps, gather(spent, self._world)) for pixels, (steps, spent) in self._found.items()}
         self._found = {}
