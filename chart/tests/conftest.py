@@ -25,14 +25,6 @@ def api(tmp_path: Path):
         yield cluster
 
 
-@pytest.fixture(scope="session")
-def rendered() -> list[dict]:
-    """The chart's objects, as values/two-node.yaml has them."""
-    from chart_helpers import NFS, render
-
-    return render(*NFS)
-
-
 @pytest.fixture
 def run_folder(stage) -> Path:
     """The run folder in the volume."""

@@ -118,3 +118,11 @@ def stage(tmp_path: Path):
     from cluster_stage import Stage
 
     return Stage(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def rendered() -> list[dict]:
+    """The chart's objects, as values/two-node.yaml has them."""
+    from chart_helpers import NFS, render
+
+    return render(*NFS)
