@@ -13,7 +13,7 @@ SECRET = re.compile(r"sig|token|key|secret|pass|cred|auth|expire|policy|^x-(amz|
 
 def is_address(text: str) -> bool:
     """Whether `text` is an address rather than a path."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
+    return re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE) is not None
 
 
 def local(text: str | Path) -> Path:

@@ -109,6 +109,10 @@ def test_https_address_of_an_archive(tmp_path, server, capsys):
     assert len(server.state.requests) == 1, "what is there already is not downloaded again"
 
 
+def test_an_address_in_capitals_is_one(tmp_path, server):
+    assert whole(tmp_path, server.url.replace("http://", "HTTP://"))
+
+
 def test_a_broken_connection_goes_on_where_it_stopped(tmp_path, server, capsys):
     server.state.breaks = 3
     whole(tmp_path, server.url)

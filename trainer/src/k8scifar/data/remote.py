@@ -69,6 +69,8 @@ def fetched(address: str, folder: Path, alone: bool = True) -> Iterator[Path]:
     if alone:
         for stray in folder.glob(f"{PREFIX}*"):
             stray.unlink(missing_ok=True)
+    scheme, mark, rest = address.partition("://")
+    address = f"{scheme.lower()}{mark}{rest}"
     is_http = address.startswith(("http://", "https://"))
     ask = _http(address) if is_http else _filesystem(address)
     descriptor, path = tempfile.mkstemp(prefix=PREFIX, dir=folder)
