@@ -23,7 +23,7 @@ IMPORTED_TORCH = time.time()
 
 from k8scifar import cli  # noqa: E402
 from k8scifar.ranks import agree  # noqa: E402
-from k8scifar.training import loop, model, resume  # noqa: E402
+from k8scifar.training import loop, model  # noqa: E402
 from k8scifar.training.session import Session  # noqa: E402
 
 IMPORTED = time.time()
@@ -71,7 +71,7 @@ class Watch:
         session = self.session
         statistics = session.state.statistics.running()
         kept = [tensor.clone() for tensor in statistics]
-        agree.average(statistics, session.world)
+        agree.average(statistics, session.world, weight=session.state.shares.weight(session.world.rank))
         outcome = session.evaluate(session.plan.pixels(session.state.step - 1), False, lambda: True)
         for tensor, value in zip(statistics, kept, strict=True):
             tensor.copy_(value)
@@ -82,7 +82,7 @@ class Watch:
 def main(out: Path, steps: int, arguments: list[str]) -> None:
     """Train and write what was seen."""
     watch = Watch(steps)
-    meet, save, train, opened = resume.meet, Session.save, loop.train, Session.__init__
+    meet, save, train, opened = agree.meet, Session.save, loop.train, Session.__init__
 
     def met(world, facts):
         watch.joined = watch.joined or time.time()
@@ -102,7 +102,7 @@ def main(out: Path, steps: int, arguments: list[str]) -> None:
         opened(session, *rest)
         watch.opened = time.time()
 
-    resume.meet, Session.save, Session.__init__, loop.train = met, saving, opening, looping
+    agree.meet, Session.save, Session.__init__, loop.train = met, saving, opening, looping
     loop.heartbeat = types.SimpleNamespace(touch=watch.step)  # the loop touches it after each step
     loop._keep_going = lambda *_: True
     with contextlib.suppress(Enough):

@@ -114,6 +114,7 @@ def test_either_node_may_lose_all_it_has_at_any_time(group, undisturbed, tiny_da
     assert [pod.codes for pod in group.pods] == [[-9, -9, -9], [-9, -9]]
 
 
+@pytest.mark.nightly
 def test_a_full_disk_on_one_machine_is_told_there_and_the_other_keeps_the_run(by_hand, small_disk, undisturbed):
     group, small = by_hand, small_disk("30m")
     begin(group, 0)

@@ -119,6 +119,7 @@ def test_strangers_on_every_port_neither_join_nor_end_the_training(group, machin
     assert_same(group, undisturbed)
 
 
+@pytest.mark.nightly
 def test_a_short_run_of_chaos(tmp_path):
     seed = int(time.time())
     print(f"seed {seed}")
