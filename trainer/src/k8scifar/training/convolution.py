@@ -23,8 +23,8 @@ from torch import nn
 from k8scifar import machine
 
 MEASURED = platform.machine() in ("x86_64", "AMD64")  # elsewhere torch's own convolution, until somebody has measured
-# Output channels for each pixel of an output image from which on products are faster: all of them, and the gradient of
-# the weights alone. Measured for batches of 125; with AMX, the others' memory is the bottleneck much earlier.
+# From how many output channels for each pixel of an output image on products are faster: for all three (output and both
+# gradients), and for the gradient of the weights alone. Measured for batches of 125 (`make bench ROWS=products`).
 FEW = {"fp32": (32, 32), "bf16": (128, 32), "amx": (32, 7)}
 
 
@@ -81,7 +81,8 @@ class _Products(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_images = _of_images(gradient, images, weight, ctx.stride, ctx.everywhere)
         if ctx.needs_input_grad[1]:
-            rows, (_, _, _, taps) = patches(images, ctx.stride)
+            # Laid out again: kept from the forward pass, they would take nine times the images' memory.
+            rows, (*_, taps) = patches(images, ctx.stride)
             product = _rows(gradient).T @ rows
             inner = product.view(len(weight), *(len(_range(tap)) for tap in taps), -1).permute(0, 3, 1, 2)
             whole = inner.shape == weight.shape
@@ -118,10 +119,7 @@ def _of_images(
 ) -> torch.Tensor:
     """The gradient of the images."""
     if not everywhere:
-        mask = [True, False, False]
-        backward = torch.ops.aten.convolution_backward
-        pair = [stride, stride]
-        return backward(gradient, images, weight, None, pair, [1, 1], [1, 1], False, [0, 0], 1, mask)[0]
+        return torch.nn.grad.conv2d_input(images.shape, weight, gradient, stride, 1)
     n, channels, height, width = images.shape
     if stride == 1:  # the convolution of the gradient with the kernel turned around
         rows, (*_, taps) = patches(gradient.contiguous(memory_format=torch.channels_last), 1)
