@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import os
@@ -107,6 +108,13 @@ def test_a_slow_stale_and_late_mount_costs_time_and_nothing_else(shaky, config, 
     assert history(volume / "runs" / "shaky") == history(undisturbed)
 
 
+def fill(path: Path) -> None:
+    """Append until the disk is full."""
+    with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
+        while file.write(bytes(1 << 20)):
+            pass
+
+
 def test_training_goes_on_while_the_disk_is_full_and_ends_when_there_is_space(
     config, tiny_data, tmp_path, small_disk, undisturbed
 ):
@@ -115,15 +123,13 @@ def test_training_goes_on_while_the_disk_is_full_and_ends_when_there_is_space(
         for rank in (0, 1):
             group.start(rank, runs=small)
         group.until(lambda: group.step >= 3, 150, "step 3")
-        with open(small / "filler", "wb") as filler:
-            for _ in range(400):
-                try:
-                    filler.write(bytes(1 << 20))
-                    filler.flush()
-                except OSError:
-                    break
         log = group.pods[0].text
-        group.until(lambda: "model.safetensors could not be written (No space left" in log(), 90, "a full disk")
+
+        def full() -> bool:  # filled again and again: a file that failed half-written gives its space back
+            fill(small / "filler")
+            return "model.safetensors could not be written (No space left" in log()
+
+        group.until(full, 90, "a full disk")
         assert "checkpoint of step 12 could not be written (No space left on device)" in log()
         assert "metrics.jsonl could not be written" in log() and "training goes on" in log()
         assert not (small / "full" / "summary.json").exists()
