@@ -24,7 +24,7 @@ import torch
 from k8scifar.cli import main
 from k8scifar.ranks import choice, device
 from k8scifar.ranks.device import Precision
-from k8scifar.ranks.exchange import LocalSGD
+from k8scifar.ranks.local_sgd import LocalSGD
 from k8scifar.training import checkpoint, meter, session
 from k8scifar.training.session import Session
 

@@ -18,8 +18,9 @@ from k8scifar.cli import main
 from k8scifar.config import loading
 from k8scifar.config.schema import Config
 from k8scifar.errors import UserError
-from k8scifar.ranks import choice, exchange
+from k8scifar.ranks import choice
 from k8scifar.ranks.choice import Choice, Times
+from k8scifar.ranks.powersgd import PowerSGD
 from k8scifar.ranks.pulse import Pulse
 from k8scifar.ranks.world import World
 from k8scifar.training import checkpoint
@@ -185,7 +186,7 @@ def test_powersgd_of_full_rank_is_exact_and_of_low_rank_loses_nothing_for_good(t
             ddp = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
             config = Config(distributed={"powersgd_rank": rank})
             world = World(0, 1, 0, 1, torch.device("cpu"), "gloo", None, Pulse(0, 1), 60.0)
-            mode = exchange.PowerSGD(config, world, ddp, torch.optim.SGD(net.parameters()))
+            mode = PowerSGD(config, world, ddp, torch.optim.SGD(net.parameters()))
             left, right = torch.randn(12, 4), torch.randn(4, 60)  # every gradient is of rank 4
             total, sent = torch.zeros(12, 60), torch.zeros(12, 60)
             for scale in (1.0, -0.5, 2.0):

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from k8scifar.config.schema import Config
 from k8scifar.ranks.agree import gather
 from k8scifar.ranks.device import autocast
-from k8scifar.ranks.exchange import KINDS, SharesWork
+from k8scifar.ranks.exchange import SharesWork
+from k8scifar.ranks.modes import KINDS
 from k8scifar.ranks.shares import Speeds, duration
 from k8scifar.ranks.world import World
 
@@ -32,7 +33,7 @@ PATIENCE = 1.0  # seconds; a trial of the wire that takes longer is not repeated
 
 @dataclass(frozen=True)
 class Choice:
-    """A mode of exchange.KINDS, and the steps between two averagings of local SGD."""
+    """A mode of modes.KINDS, and the steps between two averagings of local SGD."""
 
     mode: str
     every: int

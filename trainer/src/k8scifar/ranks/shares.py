@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from k8scifar.config.schema import Config
-from k8scifar.ranks.exchange import LocalSGD
+from k8scifar.ranks.local_sgd import LocalSGD
 from k8scifar.ranks.world import World
 
 GAIN = 1.1  # times as fast a division must promise to be before it takes the place of the one there is: noise is less
@@ -138,7 +138,7 @@ def choose(
 
     Args:
         kept: what the checkpoint that is resumed says of it, if that is of this world size.
-        mode: of exchange.KINDS.
+        mode: of modes.KINDS.
         measure: what each rank needs alone; called where there are several machines, and `kept` does not say.
     """
     micro_batches, one_machine = config.micro_batches, world.local_size == world.size

@@ -15,8 +15,10 @@ from k8scifar.config.schema import COMM, FIXED, Config, flatten
 from k8scifar.data.augment import Images
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import UserError
-from k8scifar.ranks import exchange
 from k8scifar.ranks.agree import gather, gather_json, unflatten
+from k8scifar.ranks.exchange import AllReduce
+from k8scifar.ranks.local_sgd import LocalSGD
+from k8scifar.ranks.modes import KINDS
 from k8scifar.ranks.shares import Shares, equal
 from k8scifar.ranks.world import World
 from k8scifar.results.summary import with_todays_names
@@ -38,7 +40,7 @@ class State:
     scaler: torch.amp.GradScaler  # does nothing but in fp16
     statistics: model.Statistics  # each rank's own running statistics
     sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
-    exchange: exchange.AllReduce | None  # how the ranks combine what they learnt, once it is chosen
+    exchange: AllReduce | None  # how the ranks combine what they learnt, once it is chosen
     shares: Shares  # who computes how much of a step
     first_bad: torch.Tensor  # int64 []: the step of this rank's first loss that was not finite, 0: none
     step: int = 0
@@ -90,11 +92,11 @@ class State:
         """
         parts = self.config, self.world, self.ddp, self.optimizer
         if self.world.size == 1:
-            self.exchange = exchange.AllReduce(*parts)
-        elif mode == exchange.LocalSGD.name:
-            self.exchange = exchange.LocalSGD(*parts, every=every)
+            self.exchange = AllReduce(*parts)
+        elif mode == LocalSGD.name:
+            self.exchange = LocalSGD(*parts, every=every)
         else:
-            self.exchange = exchange.KINDS[mode](*parts)
+            self.exchange = KINDS[mode](*parts)
 
     def take_shares(self, shares: Shares) -> None:
         """Divide the work so from now on: before `restore`, or when the ranks' statistics are equal."""
