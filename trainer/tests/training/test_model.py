@@ -38,25 +38,6 @@ def test_whitening_filters_decorrelate_patches():
     assert torch.equal(net.conv1.weight[:27], -net.conv1.weight[27:54])
 
 
-@pytest.mark.parametrize("constant", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_running_statistics_weigh_micro_batches_equally(count, constant):
-    torch.manual_seed(0)
-    layer = torch.nn.BatchNorm2d(3)
-    statistics = model.Statistics([layer], constant)
-    layer.running_mean.uniform_()
-    before = layer.running_mean.clone()
-    batches = [torch.randn(8, 3, 4, 4) + index for index in range(count)]
-    for index, batch in enumerate(batches):
-        with statistics.momentum(index, count):
-            layer(batch)
-            assert layer.momentum == 1.0 or not constant, "a compiled graph holds it"
-    means = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
-    variances = torch.stack([batch.var((0, 2, 3)) for batch in batches]).mean(0)
-    torch.testing.assert_close(layer.running_mean, 0.9 * before + 0.1 * means)
-    torch.testing.assert_close(layer.running_var, 0.9 * torch.ones(3) + 0.1 * variances)
-
-
 @pytest.mark.parametrize(("decay", "vectors"), [("all", 5e-4), ("matrices", 0.0)])
 def test_weight_decay_groups(resnet18, decay, vectors):
     config = Config.model_validate({"optimizer": {"decay": decay}})

@@ -63,7 +63,7 @@ def test_killed_at_every_point_of_a_training_it_ends_with_the_same_weights(place
         "call:k8scifar.training.resume.find:kill:0",  # the ranks have met
         "call:k8scifar.training.optim.set_lr:kill:1",  # the first step
         "write:step-00000002:kill:0",  # a checkpoint is written, not yet renamed
-        "call:k8scifar.training.model.norm_momentum:kill-soon:1",  # in a step's collective, or near it
+        "call:k8scifar.training.norms.momentum:kill-soon:1",  # in a step's collective, or near it
         "rename:step-00000004:kill:0",  # a checkpoint is safe, the old ones not yet pruned
         "call:k8scifar.training.evaluation.evaluate:kill:1",  # an evaluation
         "call:k8scifar.training.loop._keep_going:term:1",  # in an evaluation one rank is told to stop: all save

@@ -188,8 +188,9 @@ class Hardware(_Section):
     compile: bool = False
     """Compile the model with torch.compile (pays on GPUs)."""
     products: bool = True
-    """On an x86 CPU, compute convolutions of few pixels as one matrix product over the batch: up to twice as fast a
-    step. `false`: torch's own form everywhere, which rounds otherwise in the last digits."""
+    """On a CPU, compute small micro-batches in one pass, and on an x86 one convolutions of few pixels as one matrix
+    product over the batch: up to twice as fast a step. `false`: torch's own forms, which round otherwise in the last
+    digits."""
     deterministic: bool = False
     """On GPUs, use only algorithms that give the same bits each time, which costs speed; CPUs always do."""
 

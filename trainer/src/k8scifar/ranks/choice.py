@@ -115,18 +115,20 @@ def best(steps: dict[Choice, float]) -> Choice:
 
 @dataclass(frozen=True)
 class Trial:
-    """A micro-batch to be timed; whatever is tried, the model stays as it is."""
+    """A pass of micro-batches to be timed; whatever is tried, the model stays as it is."""
 
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
     batch: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # makes inputs and labels as training does
+    together: int  # micro-batches of the pass
+    following: Callable[[], contextlib.AbstractContextManager[None]]  # is put around the forward pass
     precision: str
     world: World
 
     def step(self, net: nn.Module) -> None:
         """Forward and backward."""
         inputs, labels = self.batch()
-        with autocast(self.world.device, self.precision):
+        with self.following(), autocast(self.world.device, self.precision):
             logits = net(inputs)
         F.cross_entropy(logits.float(), labels).backward()
 
@@ -146,7 +148,7 @@ def alone(trial: Trial, pixels: int) -> Speeds:
     world, updates = trial.world, 0.0
     with trial.undone():
         trial.step(trial.ddp.module)  # the first is slower
-        seconds = min(_seconds(lambda: trial.step(trial.ddp.module), world) for _ in range(2))
+        seconds = min(_seconds(lambda: trial.step(trial.ddp.module), world) for _ in range(2)) / trial.together
     if isinstance(trial.optimizer, SharesWork):
         updates = min(_seconds(trial.optimizer.rehearse, world) for _ in range(2))
     everyone = gather(torch.tensor([seconds, updates], dtype=torch.float64), world)
@@ -161,8 +163,9 @@ def measure(trial: Trial, speeds: Speeds, counts: list[int]) -> Times:
         counts: the ranks' micro-batches, in the division that there would be.
     """
     ddp, world, compute = trial.ddp, trial.world, max(speeds.micro_batch)
+    one_pass = trial.together * compute
     with trial.undone():
-        beside = _repeated(lambda: trial.step(ddp), world, compute)
+        beside = _repeated(lambda: trial.step(ddp), world, one_pass)
     flat = torch.zeros(sum(parameter.numel() for parameter in ddp.parameters()), device=world.device)
 
     def rounded() -> None:
@@ -175,7 +178,7 @@ def measure(trial: Trial, speeds: Speeds, counts: list[int]) -> Times:
         gradients,
         _repeated(rounded, world),
         sum(counts) / len(counts) * compute,
-        max(beside - compute, 0.0),
+        max(beside - one_pass, 0.0),
         max(speeds.updates),
         duration(counts, speeds.micro_batch),
     )

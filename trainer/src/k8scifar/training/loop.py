@@ -106,25 +106,29 @@ def train(session: Session, stop: threading.Event) -> None:
         session.meter.begin(pixels)
         optim.set_lr(state.optimizer, lr)
         step_loss = torch.zeros((), dtype=torch.float64, device=world.device)
-        for index, samples in enumerate(micro_batches):
+        done = 0
+        for together in state.passes(micro_batches):
             clock.mark("data")
+            samples = together.flatten()
             inputs = images.augmented(samples, pixels, seed=config.seed, epoch=epoch, **dict(config.augment))
             labels = images.labels[samples]
             clock.mark("compute")
-            is_last = index == len(micro_batches) - 1
+            is_last = done + len(together) == len(micro_batches)
             with contextlib.nullcontext() if is_last else state.ddp.no_sync():
                 with (
-                    state.statistics.momentum(index, len(micro_batches)),
+                    state.statistics.following(done, len(together), len(micro_batches)),
                     autocast(world.device, session.precision),
                 ):
                     logits = state.exchange.model(inputs)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-                state.scaler.scale(loss / state.shares.mean).backward()  # the ranks' gradients are averaged
+                # The ranks' gradients are averaged.
+                state.scaler.scale(loss * len(together) / state.shares.mean).backward()
             with torch.no_grad():
-                step_loss += loss / len(micro_batches)
+                step_loss += loss * len(together) / len(micro_batches)
                 state.sums[0] += loss * len(labels)
                 state.sums[1] += (logits.argmax(1) == labels).sum()
                 state.sums[2] += len(labels)
+            done += len(together)
         state.exchange.after_backward()
         clock.mark("updates")
         session.step()

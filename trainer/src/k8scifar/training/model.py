@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from k8scifar.compat import import_torchvision
 from k8scifar.config.schema import Model
-from k8scifar.training import convolution
-
-NORM_MOMENTUM = 0.1  # of BatchNorm's running statistics, a step
+from k8scifar.training import convolution, norms
 
 
 def build(config: Model, classes: int, products: bool = True) -> nn.Module:
     """A torchvision ResNet with fresh weights, drawn from torch's global generator, channels last.
 
     With the `cifar` stem, resnet18 has 11,173,962 parameters for 10 classes and needs 0.555 GMAC for a 32-pixel
-    image; `products`: with convolution.py's form of its convolutions. Source: He et al., Deep Residual Learning (2015),
-    section 4.2, for the stem without pooling.
+    image; `products`: with convolution.py's form of its convolutions, and norms.py's of its batch normalisations.
+    Source: He et al., Deep Residual Learning (2015), section 4.2, for the stem without pooling.
     """
     import_torchvision()
     from torchvision import models
@@ -35,6 +31,7 @@ def build(config: Model, classes: int, products: bool = True) -> nn.Module:
         net.maxpool = nn.Identity()
     if products:
         convolution.fit(net)
+        norms.fit(net)
     return net.to(memory_format=torch.channels_last)
 
 
@@ -68,58 +65,3 @@ def training_flops(net: nn.Module, pixels: int) -> int:
     with FlopCounterMode(display=False) as counter:
         twin(torch.empty(2, 3, pixels, pixels, device="meta")).sum().backward()
     return counter.get_total_flops() // 2
-
-
-def norms(net: nn.Module) -> list[nn.BatchNorm2d]:
-    """The batch normalisations of `net`, in order."""
-    return [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-
-
-def norm_momentum(index: int, count: int) -> float:
-    """The momentum under which a step's `count` micro-batches on this rank count equally in the running statistics.
-
-    With m the momentum of a whole step and s_i a micro-batch's statistics (their variance unbiased), the micro-batches
-    0..count-1 in turn leave R <- (1 - m) R + m mean(s_i), if micro-batch `index` takes the momentum
-    m / (count - (count - 1 - index) m).
-    This is linear in the statistics, so the mean over ranks of their running statistics is what one rank that had seen
-    all micro-batches would hold; `agree.average` takes that mean at the end of each epoch. The running variance is
-    so the mean of the micro-batches' variances, not the variance of the global batch.
-    """
-    return NORM_MOMENTUM / (count - (count - 1 - index) * NORM_MOMENTUM)
-
-
-class Statistics:
-    """How the batch normalisations of a model follow the micro-batches; `momentum` is set around a forward pass.
-
-    Args:
-        layers: the batch normalisations.
-        constant: leave the layers' own momentum as it is, for a compiled model: the momentum is a constant of the
-            compiled graph, and each other value of it would be another graph. The layers then put a micro-batch's
-            statistics in the place of the running ones, and the two are joined here.
-    """
-
-    def __init__(self, layers: list[nn.BatchNorm2d], constant: bool = False) -> None:
-        self.layers, self._constant = layers, constant
-        if constant:
-            for layer in layers:
-                layer.momentum = 1.0
-
-    def running(self) -> list[torch.Tensor]:
-        """The running means and variances, float32 [channels] each."""
-        return [buffer for layer in self.layers for buffer in (layer.running_mean, layer.running_var)]
-
-    @contextlib.contextmanager
-    def momentum(self, index: int, count: int) -> Iterator[None]:
-        """Within it, a forward pass of micro-batch `index` of a step's `count` moves the running statistics."""
-        value = norm_momentum(index, count)
-        if not self._constant:
-            for layer in self.layers:
-                layer.momentum = value
-            yield
-            return
-        running = self.running()
-        before = torch._foreach_mul(running, 1.0 - value)
-        yield
-        with torch.no_grad():
-            torch._foreach_mul_(running, value)
-            torch._foreach_add_(running, before)

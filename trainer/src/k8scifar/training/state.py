@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from k8scifar.ranks.modes import KINDS
 from k8scifar.ranks.shares import Shares, equal
 from k8scifar.ranks.world import World
 from k8scifar.results.summary import with_todays_names
-from k8scifar.training import compiling, model, optim, scaling
+from k8scifar.training import compiling, model, norms, optim, scaling
 
 WHITEN_FROM = 2000  # training images, evenly spaced, whose patches give the whitening filters
 
@@ -38,7 +39,7 @@ class State:
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing but in fp16
-    statistics: model.Statistics  # each rank's own running statistics
+    statistics: norms.Statistics  # each rank's own running statistics
     sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
     exchange: AllReduce | None  # how the ranks combine what they learnt, once it is chosen
     shares: Shares  # who computes how much of a step
@@ -63,10 +64,10 @@ class State:
             ddp = DistributedDataParallel(
                 net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
             )
-        _settle_buckets(ddp, model.norms(net), world.device)
+        _settle_buckets(ddp, norms.layers(net), world.device)
         if config.hardware.compile:  # only now: the settling pass would be compiled as well
             ddp.module = compiling.compiled(net, config)
-        statistics = model.Statistics(model.norms(net), constant=config.hardware.compile)
+        statistics = norms.Statistics(norms.layers(net), constant=config.hardware.compile)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         optimizer = optim.build(net, config)
         scaler = scaling.scaler(world.device, precision)
@@ -102,6 +103,11 @@ class State:
         """Divide the work so from now on: before `restore`, or when the ranks' statistics are equal."""
         self.shares = shares
         self.exchange.divide_updates(shares.relative)
+
+    def passes(self, micro_batches: torch.Tensor) -> Sequence[torch.Tensor]:
+        """This rank's part of a step, int64 [micro-batches, images], cut into what is computed in one pass."""
+        count, size = micro_batches.shape
+        return micro_batches.tensor_split(norms.passes(count, size) if self.statistics.groups else count)
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """Remember the step just done if its loss is the first that is not finite; nothing waits for a GPU here."""
@@ -225,7 +231,7 @@ class State:
         return found
 
 
-def _settle_buckets(ddp: DistributedDataParallel, norms: list[nn.BatchNorm2d], device: torch.device) -> None:
+def _settle_buckets(ddp: DistributedDataParallel, layers: list[nn.BatchNorm2d], device: torch.device) -> None:
     """A throwaway backward pass that leaves the weights and statistics as they are.
 
     DDP lays out its buckets anew after its first backward pass; with this one behind it, a resumed run sums the
@@ -233,7 +239,7 @@ def _settle_buckets(ddp: DistributedDataParallel, norms: list[nn.BatchNorm2d], d
     `static_graph`, a first backward pass under `no_sync` (the first of several micro-batches) ends in an assertion of
     the reducer, since it learns the graph in its first synchronised one.
     """
-    for layer in norms:
+    for layer in layers:
         layer.momentum = 0.0
     ddp(torch.zeros(2, 3, 32, 32, device=device).to(memory_format=torch.channels_last)).sum().backward()
     ddp.zero_grad(set_to_none=False)

@@ -33,12 +33,16 @@ def settle(
     before = shares.Shares.from_saved(kept.get("share"), config.micro_batches, world.size) if kept else None
     pixels = plan.pixels(payload["step"] if payload else 0)
 
+    ours = torch.empty(shares.equal(config.micro_batches, world.size)[0], config.micro_batch)
+    together = len(state.passes(ours)[0])
+
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
-        samples = torch.arange(config.micro_batch, device=world.device) % len(images)
+        samples = torch.arange(together * config.micro_batch, device=world.device) % len(images)
         inputs = images.augmented(samples, pixels, seed=config.seed, epoch=0, **dict(config.augment))
         return inputs, images.labels[samples]
 
-    trial = choice.Trial(state.ddp, state.optimizer, batch, precision, world)
+    following = functools.partial(state.statistics.following, 0, together, together)
+    trial = choice.Trial(state.ddp, state.optimizer, batch, together, following, precision, world)
     speeds = functools.cache(lambda: choice.alone(trial, pixels))
 
     def wire() -> choice.Times:
