@@ -233,7 +233,8 @@ def report(target: Path) -> None:
     print(f"copied {len(files)} files, {size:.1f} MB, to {target}: {names}")
     try:
         summary = json.loads((target / "summary.json").read_text())
-        print(f"test accuracy {summary['accuracy']:.2%} after {summary['epochs']} epochs")
+        images = "held-out" if "heldout_images" in summary else "test"
+        print(f"{images} accuracy {summary['accuracy']:.2%} after {summary['epochs']} epochs")
         print(f"open {target / 'report.html'}")
     except (OSError, ValueError, KeyError):
         print("it is not finished: there is no summary.json yet")

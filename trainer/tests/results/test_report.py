@@ -80,6 +80,27 @@ def test_an_accuracy_on_synthetic_images_says_so_wherever_it_stands(finished, tm
         assert f"test accuracy 75.00%{words} after" in status.describe(folder, done | data, 0.0)
         assert f"test accuracy 75.00%{words}, with" in evaluate.describe(figures | line, ["a"])
         assert report.page(folder, summary | data, None).count("on SYNTHETIC images") == (3 if words else 0)
+    # And one on held-out images: those words in place of `test`, wherever it stands.
+    told, pages, lines = {}, {}, (folder / "metrics.jsonl").read_text()
+    for kind, prefix in (("test", "test_"), ("held-out", "heldout_")):
+        (folder / "metrics.jsonl").write_text(lines.replace("test_", prefix))
+        renamed = {key.replace("test_", prefix): value for key, value in summary.items()}
+        told[kind] = [
+            describe(renamed, folder),
+            progress.epoch_line({key.replace("test_", prefix): value for key, value in record.items()}, 2),
+            status.describe(folder, {key.replace("test_", prefix): value for key, value in state.items()}, 0.0),
+        ]
+        (folder / "summary.json").write_text(json.dumps(renamed))
+        pages[kind] = report.page(folder, renamed, None)
+        told[kind].append(status.describe(folder, status.look(folder), 0.0))
+        (folder / "metrics.jsonl").unlink()  # the summary says it by itself
+        told[kind].append(status.describe(folder, status.look(folder), 0.0))
+    for test, held_out in zip(told["test"], told["held-out"], strict=True):
+        assert "test accuracy 75.00%" in test
+        assert held_out == test.replace("test accuracy", "held-out accuracy")
+    assert pages["test"].count("75.00%") == pages["held-out"].count("75.00%") == 3
+    assert pages["held-out"].count("held-out") == len(re.findall(r"\btest\b", pages["test"])) > 5
+    assert not re.search(r"\btest\b", pages["held-out"])
 
 
 def test_the_page_needs_no_other_file_and_escapes_what_users_write(finished, tiny_data):

@@ -23,16 +23,19 @@ DEFAULT_RECIPE = "demo"
 # Keys that decide the weights. A checkpoint resumes under other values of these only if the user says so.
 IDENTITY = (
     "seed", "epochs", "global_batch", "micro_batch", "last_batch", "label_smoothing", "resolution",
-    "model", "optimizer", "schedule", "augment", "distributed",
+    "model", "optimizer", "schedule", "augment", "data", "distributed",
 )  # fmt: skip
-IDENTITY_DISTRIBUTED = ("comm", "powersgd_rank", "local_sgd_steps")  # of `distributed`, these only
+# Of these sections, these keys only.
+IDENTITY_IN = {"data": ("holdout",), "distributed": ("comm", "powersgd_rank", "local_sgd_steps")}
+# Keys that a former release did not have, with the values by which it trained.
+ADDED = {"data.holdout": 0}
 COMM = "distributed.comm"
 # Of those, the keys without which a checkpoint makes no sense at all.
-FIXED = ("seed", "global_batch", "last_batch", "model")
+FIXED = ("seed", "global_batch", "last_batch", "model", "data")
 # Keys that may differ from host to host: places, log, what the hardware at hand allows.
 OWN = {
-    "recipe": True, "name": True, "runs_dir": True, "data": True, "log": True,
-    "distributed": {"interface"}, "hardware": {"device", "threads"},
+    "recipe": True, "name": True, "runs_dir": True, "log": True,
+    "data": {"source", "dir"}, "distributed": {"interface"}, "hardware": {"device", "threads"},
 }  # fmt: skip
 
 # In JSON's schema; here a sentence says what is wrong. No name begins with a dot: "." and ".." are other folders.
@@ -112,6 +115,9 @@ class Data(_Section):
     or a .tar, .tar.gz, .tar.bz2, .tar.xz or .zip of one); a PATH may be an address."""
     dir: Folder = "data"
     """Folder of the packed data set."""
+    holdout: int = Field(0, ge=0)
+    """Training images that are held out, to evaluate on in place of the test images, which are not read: for choosing
+    settings. Of every class as many, always the same ones. 0: none; the evaluation is that of the test images."""
 
     @field_validator("source")
     @classmethod
@@ -280,15 +286,17 @@ class Config(_Section):
     def identity(self) -> dict[str, Any]:
         """Flat view, `a.b` -> value, of the keys that decide the weights."""
         values = self.model_dump(mode="json")
-        values["distributed"] = {key: values["distributed"][key] for key in IDENTITY_DISTRIBUTED}
+        for section, keys in IDENTITY_IN.items():
+            values[section] = {key: values[section][key] for key in keys}
         return flatten({key: value for key, value in values.items() if key in IDENTITY})
 
     def differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Keys that decide the weights and differ from a saved flat view: key -> (saved value, value now).
 
-        A key that an older version did not have, and `distributed.comm` where either side leaves it to be chosen,
-        do not differ.
+        A key that an older version did not have counts as the value of ADDED, without one as no difference;
+        `distributed.comm` does not differ where either side leaves it to be chosen.
         """
+        saved = ADDED | dict(saved)
         return {
             key: (saved[key], value)
             for key, value in self.identity().items()
@@ -300,8 +308,12 @@ class Config(_Section):
         return flatten(self.model_dump(mode="json", exclude=OWN))
 
     def fingerprint(self) -> str:
-        """sha256 (first 16 hex digits) of what decides the result: `identity` and the evaluation."""
+        """sha256 (first 16 hex digits) of what decides the result: `identity` and the evaluation.
+
+        What ADDED has at its value there is left out, so that a former release's run keeps its fingerprint.
+        """
         decides = self.identity() | flatten({"evaluation": self.evaluation.model_dump(mode="json")})
+        decides = {key: value for key, value in decides.items() if key not in ADDED or value != ADDED[key]}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:

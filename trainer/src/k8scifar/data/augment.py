@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 CHUNK = 64  # images that get their border together
 _MASK = 0xFFFFFFFF
-PLACE, CUT = 1, 2  # streams: mirror and shift, cutout
+PLACE, CUT, HELD_OUT = 1, 2, 3  # streams: mirror and shift, cutout, which images are held out
 
 
 def _mix(x):

@@ -15,7 +15,12 @@ matplotlib.rcParams["text.parse_math"] = False  # a class may be called $\frac
 
 # Colours that can be read on white and on black: the report's page may be either.
 INK, LINE, FIRST, SECOND, FAINT = "#78828f", "#8b95a255", "#3f7fdc", "#d9692f", "#7fa3dc99"
-SERIES = {"each step": (FAINT, 0.8), "training": (FIRST, 1.6), "test": (SECOND, 1.6)}  # colour, line width
+SERIES = {
+    "each step": (FAINT, 0.8),
+    "training": (FIRST, 1.6),
+    "test": (SECOND, 1.6),
+    "held-out": (SECOND, 1.6),
+}  # colour, line width
 # A blue that shines through, for a background of any colour.
 SHADE = LinearSegmentedColormap.from_list("shade", [(0.15, 0.39, 0.75, 0.0), (0.15, 0.39, 0.75, 1.0)])
 

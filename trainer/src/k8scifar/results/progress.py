@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from k8scifar.results.evaluated import figure, word_of
 from k8scifar.results.summary import beside
 
 BAR_EVERY = 0.25  # seconds between two looks at a bar
@@ -87,11 +88,11 @@ def _minutes(seconds: float) -> str:
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
     """An epoch's record in one line."""
-    test = ""
-    if "test_accuracy" in record:
-        test = f", test accuracy {record['test_accuracy']:.2%}{beside(record)} loss {record['test_loss']:.4f}"
-        test += f" ({record['test_images']:,} images)"
+    found = ""
+    if (accuracy := figure(record, "accuracy")) is not None:
+        found = f", {word_of(record)} accuracy {accuracy:.2%}{beside(record)} loss {figure(record, 'loss'):.4f}"
+        found += f" ({figure(record, 'images'):,} images)"
     return (
         f"epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.4f} accuracy "
-        f"{record['train_accuracy']:.2%}{test}, {record['pixels']} pixels, {record['images_per_second']:,.0f} images/s"
+        f"{record['train_accuracy']:.2%}{found}, {record['pixels']} pixels, {record['images_per_second']:,.0f} images/s"
     )

@@ -1,7 +1,7 @@
 """The report of a finished run: one HTML page that holds everything it shows, `report.html` in the run folder.
 
 It is made from what the run left behind: config.yaml, metrics.jsonl, TensorBoard's events (for the step curves and the
-time split) and the summary; the test images are needed for the mistakes only.
+time split) and the summary; the images of the evaluation are needed for the mistakes only.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import k8scifar
-from k8scifar.data import packed
+from k8scifar.data import holdout, packed
 from k8scifar.errors import UserError
 from k8scifar.files import write_atomically
 from k8scifar.results import members
+from k8scifar.results.evaluated import figure, word_of
 from k8scifar.results.speedup import sentence
 from k8scifar.results.summary import MARKER, beside, read_summary, with_todays_names
 from k8scifar.urls import local
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     summary = read_summary(folder)
     if summary is None:
         raise UserError(f"{folder} is not the folder of a finished run: it has no {MARKER}; train it first")
-    split = _test_split(args.data_dir, summary) if args.data_dir else None
+    split = _evaluated(args.data_dir, summary) if args.data_dir else None
     try:
         print(write(folder, summary, split))
     except OSError as error:
@@ -89,7 +90,7 @@ def write(folder: Path, summary: dict[str, Any], split: packed.Split | None) -> 
 
     Args:
         summary: what summary.json holds, or will hold.
-        split: the test images, None where they are not at hand.
+        split: the images of the evaluation, None where they are not at hand.
     """
     path = folder / NAME
     write_atomically(path, page(folder, summary, split).encode())
@@ -109,6 +110,8 @@ def page(folder: Path, summary: dict[str, Any], split: packed.Split | None) -> s
     return environment.get_template(NAME).render(
         name=folder.resolve().name,
         summary=summary,
+        evaluated=word_of(summary),
+        figure=figure,
         beside=beside(summary),
         took_part=members.told(summary.get("members", [])),
         duration=_duration(summary["seconds"]),
@@ -147,7 +150,7 @@ def time_parts(curves: dict[str, Curve], summary: dict[str, Any]) -> list[dict[s
     return [{"part": part, "name": name, "seconds": seconds, "share": seconds / total} for part, name, seconds in named]
 
 
-def _test_split(folder: Path, summary: dict[str, Any]) -> packed.Split:
+def _evaluated(folder: Path, summary: dict[str, Any]) -> packed.Split:
     from k8scifar.data.prepare import require
 
     manifest = require(folder)
@@ -156,7 +159,7 @@ def _test_split(folder: Path, summary: dict[str, Any]) -> packed.Split:
             f"{folder} holds other data ({manifest.source}) than the run was trained on "
             f"({summary['data']['source']}); point --data-dir at that"
         )
-    return packed.read(folder, manifest, "test")
+    return holdout.splits(folder, manifest, summary["identity"].get("data.holdout", 0))[1]
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
@@ -196,18 +199,21 @@ def _plots(history: list[dict[str, Any]], curves: dict[str, Curve], summary: dic
 
     from k8scifar.results import figures
 
-    per_epoch = summary["steps"] / summary["epochs"]
+    per_epoch, word = summary["steps"] / summary["epochs"], word_of(summary)
 
     def by_epoch(key: str) -> list[tuple[float, float]]:
         return [(record["epoch"], record[key]) for record in history if record.get(key) is not None]
+
+    def evaluated(name: str) -> list[tuple[float, float]]:
+        return [(record["epoch"], value) for record in history if (value := figure(record, name)) is not None]
 
     def by_step(tag: str) -> list[tuple[float, float]]:
         points = curves.get(tag, [])
         return [(step / per_epoch, value) for step, value in points[:: max(1, -(-len(points) // POINTS))]]
 
     lines = {
-        "Loss": {"each step": by_step("step/loss"), "training": by_epoch("train_loss"), "test": by_epoch("test_loss")},
-        "Accuracy": {"training": by_epoch("train_accuracy"), "test": by_epoch("test_accuracy")},
+        "Loss": {"each step": by_step("step/loss"), "training": by_epoch("train_loss"), word: evaluated("loss")},
+        "Accuracy": {"training": by_epoch("train_accuracy"), word: evaluated("accuracy")},
         "Learning rate": {"training": by_step("step/lr") or by_epoch("lr")},
         "Images a second, all ranks": {
             "each step": by_step("step/images_per_second"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from k8scifar.errors import FAILED, UserError
 from k8scifar.results import members, notes, ownership
+from k8scifar.results.evaluated import PREFIXES, figure, word_of
 from k8scifar.results.summary import beside, read_summary
 from k8scifar.urls import local
 
@@ -50,10 +51,12 @@ def look(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"state": "waiting", "nodes": {str(node): note for node, note in nodes.items()}}
     last = last_epoch(run_dir)
     if last:
-        found |= {key: last[key] for key in ("epoch", "step", "train_loss", "test_accuracy", "data") if key in last}
+        accuracies = [f"{prefix}accuracy" for prefix in PREFIXES.values()]
+        found |= {key: last[key] for key in ("epoch", "step", "train_loss", *accuracies, "data") if key in last}
     if summary := read_summary(run_dir):
         keys = ("accuracy", "accuracy_tta", "epochs", "seconds", "world_size", "data")
-        return found | {key: summary.get(key) for key in keys} | {"state": "done"}
+        images = {key: summary[key] for key in ("test_images", "heldout_images") if key in summary}
+        return found | {key: summary.get(key) for key in keys} | images | {"state": "done"}
     told = members.read(run_dir)
     present = (told.get("members") or [{}])[-1].get("nodes", list(nodes))
     if len(present) < told.get("most", 0):
@@ -92,11 +95,12 @@ def describe(run_dir: Path, found: dict[str, Any], waited: float) -> str:
     state = found["state"]
     if state == "done":
         tta = f" (with flip TTA {found['accuracy_tta']:.2%})" if found.get("accuracy_tta") is not None else ""
-        text = f"done: test accuracy {found['accuracy']:.2%}{beside(found)}{tta} after {found['epochs']} epochs"
+        text = f"done: {word_of(found)} accuracy {found['accuracy']:.2%}{beside(found)}{tta}"
+        text += f" after {found['epochs']} epochs"
     elif state == "training":
         text = f"training, {found['epoch']} epoch(s) finished" if "epoch" in found else "training, in its first epoch"
-        if found.get("test_accuracy") is not None:
-            text += f", test accuracy {found['test_accuracy']:.2%}{beside(found)}"
+        if (accuracy := figure(found, "accuracy")) is not None:
+            text += f", {word_of(found)} accuracy {accuracy:.2%}{beside(found)}"
         if "present" in found:
             text += f", on {members.named(found['present'])} alone"
         if not found.get("moves"):

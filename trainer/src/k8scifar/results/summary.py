@@ -9,6 +9,7 @@ from typing import Any
 
 from k8scifar.config.schema import Config
 from k8scifar.results import members
+from k8scifar.results.evaluated import word_of
 
 MARKER = "summary.json"
 RENAMED = {"test_pictures": "test_images", "picture": "image"}
@@ -59,8 +60,8 @@ def describe(summary: dict[str, Any], folder: Path) -> str:
     """A finished run in one line."""
     tta = f", with flip TTA {summary['accuracy_tta']:.2%}" if summary["accuracy_tta"] is not None else ""
     return (
-        f"test accuracy {summary['accuracy']:.2%}{beside(summary)}{tta} after {summary['epochs']} epochs, "
-        f"{summary['seconds']:.0f} s, "
+        f"{word_of(summary)} accuracy {summary['accuracy']:.2%}{beside(summary)}{tta} "
+        f"after {summary['epochs']} epochs, {summary['seconds']:.0f} s, "
         f"{summary['training_flops'] / 1e15:.3f} PFLOP, {summary['images_per_second']:,.0f} images/s on "
         f"{summary['world_size']} rank(s){_took_part(summary)}; see {folder}"
     )

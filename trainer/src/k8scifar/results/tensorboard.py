@@ -49,18 +49,18 @@ class Board:
 
             self._write("add_image", "inputs", figures.grid(batch[:32], manifest.mean, manifest.std), step)
 
-    def outcome(self, outcome: Outcome, split: Split, classes: list[str], step: int) -> None:
-        """Add an evaluation's confusion matrix and worst mistakes, and flush."""
+    def outcome(self, outcome: Outcome, split: Split, classes: list[str], name: str, step: int) -> None:
+        """Add an evaluation's confusion matrix and worst mistakes, and flush; `name`: what their names begin with."""
         if self._folder is not None and self._writer is None:
             self._open(step)
         if self._writer:
             from k8scifar.results import figures
 
-            self._write("add_figure", "test/confusion", figures.confusion(outcome.confusion, classes), step)
+            self._write("add_figure", f"{name}/confusion", figures.confusion(outcome.confusion, classes), step)
             wrong = mistakes(outcome, split)
             titles = [f"{classes[each['true']]} > {classes[each['predicted']]}" for each in wrong]
             images = split.images[[each["image"] for each in wrong]]
-            self._write("add_figure", "test/worst_mistakes", figures.mistakes(images, titles), step)
+            self._write("add_figure", f"{name}/worst_mistakes", figures.mistakes(images, titles), step)
             self._write("flush")
 
     def close(self) -> None:

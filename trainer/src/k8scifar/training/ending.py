@@ -55,7 +55,7 @@ def end(session: Session) -> dict[str, Any]:
 def _write(session: Session) -> dict[str, Any]:
     """One node's part: what it has written, or why it could not."""
     facts: dict[str, Any] = {"problem": "", "written": session.close_writer()}
-    config, manifest, outcome, splits = session.config, session.manifest, session.outcome, session.splits
+    config, manifest, outcome, split = session.config, session.manifest, session.outcome, session.evaluated
     about = {
         "model": config.model.model_dump(mode="json"),
         "classes": manifest.classes,
@@ -66,8 +66,8 @@ def _write(session: Session) -> dict[str, Any]:
     try:
         weights = session.folder.export(session.state.net.state_dict(), about)
         summary = summarise(session.state, session.plan, outcome, session.precision, weights)
-        summary["mistakes"] = mistakes(outcome, splits["test"])
-        report.attempt(session.folder.path, summary, splits["test"], session.tell, session.world.timeout)
+        summary["mistakes"] = mistakes(outcome, split)
+        report.attempt(session.folder.path, summary, split, session.tell, session.world.timeout)
         session.folder.write_summary(summary)
     except TrainingError as error:
         return facts | {"problem": str(error)}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from k8scifar import heartbeat
 from k8scifar.config import loading
 from k8scifar.console import say
+from k8scifar.data import holdout
 from k8scifar.errors import PREEMPTED
 from k8scifar.ranks.agree import Agreement
 from k8scifar.ranks.device import autocast
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     with join(config) as world:
         compiling.check(config, world.device)
         manifest = supply(config, manifest, world)
-        plan = Plan(config, manifest.counts["train"])
+        plan = Plan(config, holdout.left(manifest, config.data.holdout))
         finished, checkpoint = find(config, manifest, world)
         if finished:
             if world.keeps:

@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 from k8scifar.config.schema import Config
 from k8scifar.console import say
-from k8scifar.data import packed
+from k8scifar.data import holdout, packed
 from k8scifar.data.augment import Images
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.ranks import agree
 from k8scifar.ranks.device import resolve_precision
 from k8scifar.ranks.world import World, settle
-from k8scifar.results import members
+from k8scifar.results import evaluated, members
 from k8scifar.results.display import Display
 from k8scifar.results.outcome import Outcome
 from k8scifar.results.progress import epoch_line
@@ -44,9 +44,10 @@ class Session:
         precision = resolve_precision(config, world.device, world.host_group)
         self.precision = precision.name
         self.plan = plan
-        self.splits = {name: packed.read(Path(config.data.dir), manifest, name) for name in packed.SPLITS}
-        self.train_images = self._on_device("train", border=config.augment.translate)
-        self.test_images = self._on_device("test")
+        train, self.evaluated = holdout.splits(Path(config.data.dir), manifest, config.data.holdout)
+        self.evaluated_word = evaluated.word(config.data.holdout)
+        self.train_images = self._on_device(train, border=config.augment.translate)
+        self.evaluation_images = self._on_device(self.evaluated)
         # Fresh weights, then the exchange, then the checkpoint: the mode is measured on a model that may still change,
         # and decides which of the checkpoint's tensors there are to be restored.
         self.state = State.fresh(config, manifest, world, self.train_images, self.precision)
@@ -92,7 +93,8 @@ class Session:
         resumed = f"; resuming at step {self.state.step}" if self.state.step else ""
         return (
             f"{config.name or config.recipe}: {config.model.name}, {model.parameters(self.state.net):,} parameters, "
-            f"{self.manifest.counts['train']:,} + {self.manifest.counts['test']:,} images ({self.manifest.source}), "
+            f"{len(self.train_images):,} + {len(self.evaluated):,} {'held-out ' * bool(config.data.holdout)}images "
+            f"({self.manifest.source}), "
             f"world size {world.size}, {world.device.type} {self.precision}"
             f"{', compiled' * config.hardware.compile}, {world.backend}, "
             f"{torch.get_num_threads()} thread(s) a rank, global batch {config.global_batch}, "
@@ -226,7 +228,8 @@ class Session:
         every = self.config.evaluation.every_epochs
         if final or (every and epoch % every == 0):
             self.outcome = self.evaluate(pixels, final, keep_going)
-            record |= {f"test_{key}": value for key, value in self.outcome.figures.items() if key != "per_class"}
+            prefix = evaluated.PREFIXES[self.evaluated_word]
+            record |= {f"{prefix}{key}": value for key, value in self.outcome.figures.items() if key != "per_class"}
         steps_here = step - max(self.first_step, step - self.plan.steps_per_epoch)
         if len(state.members) > 1:  # else all did, all the time
             record["members"] = members.within(state.members, step - self.plan.steps_per_epoch, step)
@@ -259,7 +262,7 @@ class Session:
         settings = self.config.evaluation
         return evaluate(
             self.state.net,
-            self.test_images,
+            self.evaluation_images,
             self.world,
             classes=len(self.manifest.classes),
             pixels=pixels,
@@ -294,12 +297,13 @@ class Session:
             self.tell(f"{error}; training goes on")
         if not self.world.is_main:
             return
-        curves = {
-            name.replace("_", "/", 1): value for name, value in record.items() if name.startswith(("train_", "test_"))
-        }
+        prefixes = ("train_", *evaluated.PREFIXES.values())
+        curves = {name.replace("_", "/", 1): value for name, value in record.items() if name.startswith(prefixes)}
         self.display.board.scalars(curves, self.state.step)
         if self.outcome:
-            self.display.board.outcome(self.outcome, self.splits["test"], self.manifest.classes, self.state.step)
+            prefix = evaluated.PREFIXES[self.evaluated_word]
+            about = self.evaluated, self.manifest.classes, prefix.strip("_")
+            self.display.board.outcome(self.outcome, *about, self.state.step)
         self.display.write(epoch_line(record, self.config.epochs))
 
     def _tell_members(self) -> None:
@@ -309,8 +313,7 @@ class Session:
         except TrainingError as error:  # each attempt writes it again
             self.display.write(f"{error}; training goes on")
 
-    def _on_device(self, name: str, border: int = 0) -> Images:
-        split = self.splits[name]
+    def _on_device(self, split: packed.Split, border: int = 0) -> Images:
         images, labels = (torch.from_numpy(array).to(self.world.device) for array in (split.images, split.labels))
         return Images(images, labels, self.manifest.mean, self.manifest.std, border)
 
@@ -326,6 +329,10 @@ class Session:
 
 
 def best_step(history: list[dict[str, Any]]) -> int | None:
-    """The step of the epoch with the highest test accuracy so far, None before the first evaluation."""
-    scored = [record for record in history if "test_accuracy" in record]
-    return max(scored, key=lambda record: record["test_accuracy"])["step"] if scored else None
+    """The step of the epoch with the highest accuracy so far, None before the first evaluation."""
+    scored = [
+        (accuracy, -record["step"])
+        for record in history
+        if (accuracy := evaluated.figure(record, "accuracy")) is not None
+    ]
+    return -max(scored)[1] if scored else None

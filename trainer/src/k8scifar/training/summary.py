@@ -9,7 +9,7 @@ import torch
 
 from k8scifar import versions
 from k8scifar.config.schema import COMM
-from k8scifar.results import members, speedup
+from k8scifar.results import evaluated, members, speedup
 from k8scifar.results.outcome import Outcome
 from k8scifar.training import model, optim
 from k8scifar.training.plan import Plan
@@ -34,7 +34,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
         "loss": figures["loss"],
         "per_class": dict(zip(state.manifest.classes, figures["per_class"], strict=True)),
         "confusion": outcome.confusion.tolist(),
-        "test_images": figures["images"],
+        f"{evaluated.PREFIXES[evaluated.word(plan.config.data.holdout)]}images": figures["images"],
         "epochs": plan.config.epochs,
         "steps": plan.steps,
         "world_size": state.world.size,
