@@ -53,6 +53,8 @@ def machine() -> dict[str, Any]:
         known = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16", "bf16": "ARM BF16", "avx512f": "AVX512"}
         flag = next((text for name, text in known.items() if name in features), "AVX2" * ("avx2" in features))
         flag = flag if cpu.has_bf16(features) else f"{flag or 'no AVX2'}, no bf16"
+        held = os.environ.get("ONEDNN_MAX_CPU_ISA")
+        flag = f"held to {held}" if held else flag
         name = f"{models[0] if models else name}, {os.cpu_count()} cores, {flag}"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {"k8scifar": k8scifar.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -59,11 +59,24 @@ def check_interface(name: str, said_by: str, there: list[str] | None = None) -> 
 
 
 def cpu_features(info: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """What the processors can do, in Linux's words (x86: `flags`, ARM: `Features`); empty where there is no Linux."""
+    """What the processors can do, in Linux's words (x86: `flags`, ARM: `Features`); empty where there is no Linux.
+
+    Without the bf16 instructions that ONEDNN_MAX_CPU_ISA, oneDNN's own variable, keeps torch from using.
+    """
     with contextlib.suppress(OSError):
         found = re.findall(r"^(?:flags|Features)\s*:(.*)$", info.read_text(), re.MULTILINE)
-        return frozenset.intersection(*(frozenset(line.split()) for line in found)) if found else frozenset()
+        there = frozenset.intersection(*(frozenset(line.split()) for line in found)) if found else frozenset()
+        return there - _barred(os.environ.get("ONEDNN_MAX_CPU_ISA", ""))
     return frozenset()
+
+
+def _barred(most: str) -> set[str]:
+    """The bf16 instructions of x86 beyond `most`, a value of ONEDNN_MAX_CPU_ISA."""
+    most = most.upper()
+    if "AMX" in most or most in ("", "ALL", "DEFAULT"):
+        return set()
+    bf16 = any(word in most for word in ("BF16", "FP16", "AVX10"))
+    return {"amx_bf16"} if bf16 else {"amx_bf16", "avx512_bf16"}
 
 
 def has_bf16(features: frozenset[str]) -> bool:

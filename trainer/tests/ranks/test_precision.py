@@ -113,6 +113,23 @@ def test_bf16_of_processors(info, able, tmp_path):
     assert not machine.has_bf16(machine.cpu_features(tmp_path / "none"))
 
 
+@pytest.mark.parametrize(
+    ("most", "kept"),
+    [
+        ("", {"avx512_bf16", "amx_bf16"}),
+        ("all", {"avx512_bf16", "amx_bf16"}),
+        ("AVX10_1_512_AMX", {"avx512_bf16", "amx_bf16"}),
+        ("AVX512_CORE_FP16", {"avx512_bf16"}),
+        ("AVX512_CORE_VNNI", set()),
+        ("AVX2", set()),
+    ],
+)
+def test_a_processor_that_is_held_back_has_no_bf16(most, kept, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512f avx512_bf16 amx_bf16\n")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert machine.cpu_features(tmp_path / "cpuinfo") == {"avx2", "avx512f"} | kept
+
+
 @pytest.mark.slow
 def test_overflows_are_left_out_and_a_resumed_run_equals_the_undisturbed_one(tiny_data, tmp_path):
     sets = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "log.tensorboard=false"]

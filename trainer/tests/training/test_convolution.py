@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 
+from k8scifar import machine
 from k8scifar.config.schema import Model
 from k8scifar.training import convolution, model
 
@@ -88,9 +91,11 @@ def test_the_form_depends_on_shape_and_precision_alone(forms, monkeypatch):
     ("features", "most", "kind"),
     [({"amx_bf16"}, "ALL", "amx"), ({"amx_bf16"}, "AVX512_CORE_BF16", "bf16"), ({"avx512_bf16"}, "ALL", "bf16")],
 )
-def test_what_the_processor_has_is_what_is_asked(monkeypatch, features, most, kind):
+def test_what_the_processor_has_is_what_is_asked(monkeypatch, tmp_path, features, most, kind):
     convolution._has_amx.cache_clear()
-    monkeypatch.setattr(convolution.machine, "cpu_features", lambda: frozenset(features))
+    (tmp_path / "cpuinfo").write_text(f"flags : {' '.join(features)}\n")
+    found = functools.partial(machine.cpu_features, tmp_path / "cpuinfo")
+    monkeypatch.setattr(convolution.machine, "cpu_features", found)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
     assert convolution.kind(torch.bfloat16) == kind
     assert convolution.kind(torch.float32) == "fp32"

@@ -12,7 +12,6 @@ Source of the form: Chellapilla, Puri, Simard, High Performance Convolutional Ne
 from __future__ import annotations
 
 import functools
-import os
 import platform
 from typing import Any
 
@@ -159,5 +158,4 @@ def kind(dtype: torch.dtype) -> str:
 @functools.cache
 def _has_amx() -> bool:
     """Whether this processor has units of their own for bf16 matrices, and oneDNN may use them."""
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    return "amx_bf16" in machine.cpu_features() and ("AMX" in most or most in ("ALL", "DEFAULT"))
+    return "amx_bf16" in machine.cpu_features()
