@@ -15,11 +15,10 @@ from row_scaling import CORES, start, step
 TITLE = "Two hosts, one held to half a core"
 COMMAND = "make bench ROWS=unequal (root)"
 QUOTA = 0.5  # of a core
-MICRO_BATCHES = 10
 
 
 def measure(options: Options) -> dict:
-    """Recipe demo's first stage, 250 images in ten micro-batches of 25, plain all-reduce; seconds of the mean step.
+    """Recipe demo's first stage with its own batches, plain all-reduce; seconds of the mean step.
 
     "Alone" is each host training by itself, one after the other, the quota in force.
     """
@@ -28,8 +27,12 @@ def measure(options: Options) -> dict:
         raise CannotRun("needs root, two cores, ip, unshare and taskset")
     import hosts
 
-    size = 2 if options.tiny else 25
-    values = {"global_batch": MICRO_BATCHES * size, "micro_batch": size}
+    from k8scifar.config import loading
+
+    recipe = loading.load()
+    values = {"global_batch": recipe.global_batch, "micro_batch": recipe.micro_batch}
+    if options.tiny:
+        values = {"global_batch": 12, "micro_batch": 2}
     rates, said = {}, ""
     with quota(QUOTA) as group, hosts.two(tuple(CORES)) as pair:
 
