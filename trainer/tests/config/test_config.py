@@ -51,6 +51,7 @@ def test_every_recipe_is_valid_and_suits_two_ranks(name):
         (["distributed.world_size=3"], ["3 ranks", "global_batch"]),
         (["resolution=[{until: 0.4, pixels: 32}]"], ["resolution", "1.0"]),
         (["data.source=imagenet"], ["data.source"]),
+        (["augment.flip=sometimes"], ["augment.flip", "'sometimes'", "True, False or 'alternating'"]),
         (["recipe=quik"], ["'quik'", "'quick'"]),
         (["epochs"], ["key=value"]),
         (["epochs=[1"], ["not YAML"]),
