@@ -192,7 +192,7 @@ golden: $(READY) ## renew trainer/tests/training/golden.json, the losses of tiny
 chaos: $(READY) ## strike two-host trainings KILLS=20 times at random and compare the weights (root); SEED= repeats one
 	@$(FOREGROUND) $(BIN)/python trainer/tests/helpers/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data picks some; BENCH_MINUTES=10 for ROWS=time
+bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data picks some; BENCH_MINUTES=10 for ROWS=time,avx2
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python trainer/benchmarks/bench.py $(BENCH_ROWS) --data "$(DATA_DIR)" $(ARGS)
 

@@ -34,10 +34,11 @@ def test_two_runs_are_never_mixed(stage, rendered, run_folder):
     assert stage.run("cluster", "results").returncode == 0
     first = contents(results / "cifar")
     (run_folder / "events.out.tfevents.1").rename(run_folder / "events.out.tfevents.2")
-    (run_folder / "summary.json").write_text(json.dumps({"accuracy": 0.1, "epochs": 1}))
+    (run_folder / "summary.json").write_text(json.dumps({"accuracy": 0.1, "epochs": 1, "heldout_images": 9}))
     done = stage.run("cluster", "results", "--namespace=lab")
     assert done.returncode == 0, done.stderr
     assert "results/cifar holds run cifar of cifar in default: this one goes to results/lab-cifar-cifar" in done.stdout
+    assert "held-out accuracy 10.00% after 1 epochs" in done.stdout
     assert contents(results / "cifar") == first
     assert shown(results / "lab-cifar-cifar") == FILES | {"events.out.tfevents.2"}
     # Each goes to its own from now on, replaced as a whole; another run of the same release is another run, too.

@@ -17,15 +17,17 @@ from typing import Any
 
 from harness import HERE, CannotRun, Options, machine
 
-ROWS = ("step", "products", "data", "scaling", "unequal", "modes", "start", "time", "gpu", "flops")
+ROWS = ("step", "products", "data", "scaling", "unequal", "modes", "start", "time", "avx2", "gpu", "flops")
 GPU_MINUTES = 10.0  # for the rows that need a GPU, unless BENCH_UNTIL is a Unix time
-LONG = ("time",)  # only when asked for by name
+LONG = ("time", "avx2")  # only when asked for by name
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the rows, print the table; 1 if a row failed."""
     parser = argparse.ArgumentParser(description="Measure the trainer against plain DDP.")
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; none: all that this machine can run but `time`")
+    parser.add_argument(
+        "rows", nargs="*", help=f"of {', '.join(ROWS)}; none: all that this machine can run but {' and '.join(LONG)}"
+    )
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the packed data set (data)")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--gpu", action="store_true", help="the rows that need a GPU")
@@ -69,6 +71,8 @@ def run(name: str, options: Options, folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
     path.write_text(json.dumps(result | {"found": found}, indent=1) + "\n")
+    if draw := getattr(row, "draw", None):
+        (folder / f"{name}.svg").write_text(draw(found))
     return True
 
 

@@ -120,7 +120,7 @@ def main() -> None:
             ended.append(time.time())
             if args.evaluate and step % args.evaluate == 0:
                 spent = time.time() - begun - left_out
-                curve.append((spent, evaluate(net.module, test_loader, device)))
+                curve.append((spent, evaluate(net.module, test_loader, device), step))
                 left_out = time.time() - begun - spent
             spent = torch.tensor([time.time() - begun - left_out], dtype=torch.float64, device=device)
             if args.minutes:

@@ -13,7 +13,7 @@ SETTLED = 100  # as steps.py has it
 
 
 def measure(options: Options) -> dict:
-    """Recipe quick, 300 steps; plain and compiled in turn, three times, or fewer where time is short."""
+    """Recipe standard, 300 steps; plain and compiled in turn, three times, or fewer where time is short."""
     import torch
 
     if not torch.cuda.is_available():
@@ -28,7 +28,7 @@ def measure(options: Options) -> dict:
         peaks.append(_peak())
         for name in runs:
             compiled = str(name == "compiled").lower()
-            arguments = ["--recipe", "quick", *sets(hardware__compile=compiled, log__every_steps=1000)]
+            arguments = ["--recipe", "standard", *sets(hardware__compile=compiled, log__every_steps=1000)]
             runs[name].append(train_steps(options, 1, 300, *arguments))
         took = time.monotonic() - begun
     return {name: _figures(found, peaks) for name, found in runs.items()}
@@ -64,7 +64,7 @@ def lines(found: dict) -> list[tuple[str, str, str]]:
     rows = []
     for name, run in found.items():
         rows += [
-            (f"images/s, recipe quick, {name}", shown(run["images_per_second"]), ""),
+            (f"images/s, recipe standard, {name}", shown(run["images_per_second"]), ""),
             (f"fraction of the measured bf16 peak, {name}", shown(run["of_peak"]), "0.5"),
             (f"data path's share of a step, {name}", shown(run["data_share"]), "under 0.02"),
             (f"peak memory, GiB, {name}", shown(run["peak_memory"]), ""),

@@ -44,7 +44,7 @@ class Watch:
         self.budget = 60 * float(os.environ.get("BENCH_MINUTES", "inf"))
         self.ended: list[float] = []  # of each step
         self.left_out = 0.0  # seconds of evaluations
-        self.curve: list[tuple[float, float]] = []  # seconds of training, test accuracy
+        self.curve: list[tuple[float, float, int]] = []  # seconds of training, test accuracy, steps done
         self.stalls: list[float] = []
         self.saved_after: list[int] = []
         self.joined = self.opened = self.began = 0.0
@@ -75,7 +75,7 @@ class Watch:
         outcome = session.evaluate(session.plan.pixels(session.state.step - 1), False, lambda: True)
         for tensor, value in zip(statistics, kept, strict=True):
             tensor.copy_(value)
-        self.curve.append((spent, outcome.figures["accuracy"]))
+        self.curve.append((spent, outcome.figures["accuracy"], session.state.step))
         self.left_out = time.time() - self.began - spent
 
 

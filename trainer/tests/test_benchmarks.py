@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 
 import pytest
@@ -59,6 +60,59 @@ def test_both_contenders_train(options):
     theirs = plain(options, 1, "--batch", "4", "--steps", "2", "--evaluate", "2", "--test-pictures", "10")
     assert len(theirs["steps"]) == 1
     assert 0 <= theirs["curve"][0][1] <= 1
+
+
+def test_time_to_accuracy_counts_operations_and_draws_the_curves(options, tmp_path, monkeypatch):
+    """By stand-ins for both trainings, and for a run whose own records are read."""
+    import row_avx2
+    import row_time
+
+    from k8scifar.config import loading
+
+    asked = []
+
+    def train(_, ranks, steps, *arguments, **environment):
+        asked.append((arguments, {name: os.environ.get(name) for name in row_avx2.ISA}))
+        return {"curve": [(60.0, 0.5, 2), (120.0, 0.8, 4)]}
+
+    monkeypatch.setattr(row_time, "train_steps", train)
+    monkeypatch.setattr(row_time, "plain", lambda *_: {"batch": 20, "curve": [(600.0, 0.41, 10)]})
+    recorded = tmp_path / "runs" / "longer"
+    recorded.mkdir(parents=True)
+    values = {"recipe": "quick", "epochs": 2, "global_batch": 100, "micro_batch": 50}
+    (recorded / "config.yaml").write_text(loading.validate(values).to_yaml())
+    epochs = [
+        {"epoch": 1, "step": 6, "seconds": 300.0},
+        {"epoch": 2, "step": 12, "seconds": 900.0, "test_accuracy": 0.9},
+    ]
+    (recorded / "metrics.jsonl").write_text("\n".join(map(json.dumps, epochs)))
+    monkeypatch.setenv("BENCH_RUNS", str(recorded))
+    assert bench.run("time", options, tmp_path)
+    (path,) = tmp_path.glob("time-*.json")
+    found = json.loads(path.read_text())["found"]
+    image = {pixels: flops / 1e15 for pixels, flops in ((16, 0.833e9), (32, 3.33e9))}
+    ours, longer, plainly = found["curves"].values()
+    assert ours[1][2] == pytest.approx(2 * ours[0][2], rel=1e-6), "one resolution so far"
+    assert ours[0][2] == pytest.approx(2 * (20 * image[16] + 3.1e-5), rel=0.02), "Muon's own are counted"
+    assert longer == [[900.0, 0.9, pytest.approx(12 * 100 * image[32], rel=0.02)]]
+    assert plainly == [[600.0, 0.41, pytest.approx(10 * 20 * image[32], rel=0.02)]]
+    rows = {what.split(" to ")[-1].split(" of ")[0]: (value, aim) for what, value, aim in row_time.lines(found)}
+    assert "demo: 2.0 min, " in rows["80%"][0] and "plain: not reached in 10.0 min" in rows["80%"][0]
+    assert "longer (its own records, evaluation included): 15.0 min, " in rows["90%"][0]
+    assert rows["94%"][1] == "published, with flip TTA: 4.35 PFLOP"
+    assert "<svg" in (tmp_path / "time.svg").read_text()
+    drawn = figures.over_minutes({"ours": [(1.0, 0.5), (2.0, 0.8)], "plain": [(10.0, 0.4)]}).axes[0].lines
+    assert [list(line.get_xdata()) for line in drawn] == [[1.0, 2.0], [10.0]]
+    # Held-out images are no test images.
+    (recorded / "metrics.jsonl").write_text(json.dumps({"heldout_accuracy": 0.9, "step": 12, "seconds": 9.0}))
+    with pytest.raises(CannotRun, match="was never evaluated on test images"):
+        row_time.of_run(recorded, options.data)
+    # The same without bf16: both are told so, and the environment is afterwards as it was.
+    monkeypatch.delenv("BENCH_RUNS")
+    assert bench.run("avx2", options, tmp_path)
+    (_, before), (arguments, within) = asked
+    assert within == row_avx2.ISA and before == {name: os.environ.get(name) for name in row_avx2.ISA}
+    assert "hardware.precision=fp32" in arguments
 
 
 def test_scaling_draws_a_picture_and_a_table(tmp_path):

@@ -17,7 +17,7 @@ from k8scifar.errors import UserError
 def test_precedence_defaults_recipe_file_set(tmp_path):
     path = tmp_path / "user.yaml"
     path.write_text("epochs: 7\noptimizer: {momentum: 0.8}\n")
-    assert loading.load(recipe_name="quick").epochs == 26
+    assert loading.load(recipe_name="quick").epochs == 18
     config = loading.load(path, ["optimizer.lr=0.5"], "quick")
     assert (config.epochs, config.optimizer.momentum, config.optimizer.lr) == (7, 0.8, 0.5)
     assert config.label_smoothing == loading.recipe("quick")["label_smoothing"]
@@ -51,6 +51,7 @@ def test_every_recipe_is_valid_and_suits_two_ranks(name):
         (["distributed.world_size=3"], ["3 ranks", "global_batch"]),
         (["resolution=[{until: 0.4, pixels: 32}]"], ["resolution", "1.0"]),
         (["data.source=imagenet"], ["data.source"]),
+        (["augment.flip=sometimes"], ["augment.flip", "'sometimes'", "True, False or 'alternating'"]),
         (["recipe=quik"], ["'quik'", "'quick'"]),
         (["epochs"], ["key=value"]),
         (["epochs=[1"], ["not YAML"]),

@@ -115,6 +115,31 @@ def test_augmentation_of_a_sample_does_not_depend_on_its_batch(pictures):
     assert not torch.equal(together, pictures.augmented(torch.arange(40), 32, **settings | {"epoch": 3}))
 
 
+def test_alternating_flip_shows_each_image_both_ways_in_two_epochs(pictures):
+    samples, settings = torch.arange(40), {"seed": 1, "flip": "alternating", "translate": 0, "cutout": 0}
+    plain, mirrored = pictures.plain(samples, 32), []
+    for epoch in range(4):
+        batch = pictures.augmented(samples, 32, epoch=epoch, **settings)
+        is_mirrored = (batch == plain.flip(3)).flatten(1).all(1)
+        assert torch.equal(~is_mirrored, (batch == plain).flatten(1).all(1))
+        mirrored.append(is_mirrored)
+    assert torch.equal(mirrored[0], ~mirrored[1]) and torch.equal(mirrored[0], mirrored[2])
+    assert torch.equal(mirrored[1], mirrored[3])
+    assert 8 < mirrored[0].sum() < 32
+    part = pictures.augmented(samples[7:9], 32, epoch=0, **settings)
+    assert torch.equal(part, pictures.augmented(samples, 32, epoch=0, **settings)[7:9]), "whatever the batch"
+    other = pictures.augmented(samples, 32, epoch=0, **settings | {"seed": 2})
+    assert not torch.equal((other == plain).flatten(1).all(1), ~mirrored[0]), "begins by the seed"
+
+
+@pytest.mark.parametrize("shift", [-1, 1, 4])
+def test_a_shifted_picture_is_a_crop_of_the_reflected_one(pictures, shift):
+    samples, at = torch.arange(5), 4 + shift
+    padded = F.pad(plainly(pictures, samples), (4, 4, 4, 4), mode="reflect")
+    wanted = padded[:, :, at : at + 32, at : at + 32]
+    torch.testing.assert_close(pictures.plain(samples, 32, shift), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_augmentation_switched_off_is_the_picture_itself(pictures):
     batch = pictures.augmented(torch.arange(5), 32, seed=0, epoch=0, flip=False, translate=0, cutout=0)
     assert torch.equal(batch, pictures.plain(torch.arange(5), 32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -117,3 +119,26 @@ def test_groups_of_a_network(resnet18):
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == 11_173_962
     optim.set_lr(optimizer, 0.1)
     assert [group["lr"] for group in [*sgd, hidden]] == [0.1, 0.1, 0.05]
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_biases_of_the_norms_step_by_a_learning_rate_of_their_own(name):
+    """One step of a small network with all gradients 1, with the factor and without."""
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)]
+    whole, moved = nn.Sequential(*layers), {}
+    for factor in (1.0, 8.0):
+        net = copy.deepcopy(whole)
+        before = {key: parameter.detach().clone() for key, parameter in net.named_parameters()}
+        config = loading.load(sets=[f"optimizer.name={name}", "optimizer.lr=0.5", f"optimizer.norm_bias_lr={factor}"])
+        optimizer = optim.build(net, config)
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
+        optim.set_lr(optimizer, 0.25)
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moved[factor] = {key: before[key] - parameter.detach() for key, parameter in net.named_parameters()}
+    further = {
+        key for key, step in moved[8.0].items() if torch.equal(step, 8 * moved[1.0][key]) and step.abs().sum() > 0
+    }
+    assert further == {"1.bias", "3.bias"}
+    assert all(torch.equal(step, moved[1.0][key]) for key, step in moved[8.0].items() if key not in further)

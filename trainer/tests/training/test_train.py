@@ -14,9 +14,21 @@ import torch
 import yaml
 from runs import TINY, cli, history, run, train_command, weights_hash
 
+from k8scifar.config.loading import merge
 from k8scifar.training import checkpoint
 
 pytestmark = pytest.mark.slow
+
+# What may be switched on is on: all that is promised here has to hold with it, too.
+SETTINGS = merge(TINY, {"augment": {"flip": "alternating"}, "optimizer": {"norm_bias_lr": 4.0}})
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """A YAML file of SETTINGS."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +36,7 @@ def undisturbed(tmp_path_factory, tiny_data):
     """An undisturbed two-rank training: (run folder, what it said)."""
     folder = tmp_path_factory.mktemp("finished")
     config = folder / "tiny.yaml"
-    config.write_text(yaml.safe_dump(TINY))
+    config.write_text(yaml.safe_dump(SETTINGS))
     done = run(train_command(2, config, tiny_data, folder / "runs", "run"))
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "run", done.stderr

@@ -28,10 +28,10 @@ IDENTITY = (
 # Of these sections, these keys only.
 IDENTITY_IN = {"data": ("holdout",), "distributed": ("comm", "powersgd_rank", "local_sgd_steps")}
 # Keys that a former release did not have, with the values by which it trained.
-ADDED = {"data.holdout": 0}
+ADDED = {"data.holdout": 0, "optimizer.norm_bias_lr": 1.0}
 COMM = "distributed.comm"
-# Of those, the keys without which a checkpoint makes no sense at all.
-FIXED = ("seed", "global_batch", "last_batch", "model", "data")
+# Of those, the keys and sections without which a checkpoint makes no sense at all.
+FIXED = ("seed", "global_batch", "last_batch", "model", "data", "optimizer.name", "optimizer.norm_bias_lr")
 # Keys that may differ from host to host: places, log, what the hardware at hand allows.
 OWN = {
     "recipe": True, "name": True, "runs_dir": True, "log": True,
@@ -83,6 +83,8 @@ class Optimizer(_Section):
     """Momentum."""
     nesterov: bool = True
     """Nesterov's form of the momentum."""
+    norm_bias_lr: float = Field(1.0, ge=0.0, le=1000.0)
+    """Learning rate of the batch normalisations' biases, as a multiple of SGD's."""
     weight_decay: float = Field(5e-4, ge=0.0, le=1.0)
     """L2 weight decay, added to the gradient."""
     decay: Literal["all", "matrices"] = "all"
@@ -101,8 +103,9 @@ class Schedule(_Section):
 
 
 class Augment(_Section):
-    flip: bool = True
-    """Mirror every other image, at random."""
+    flip: Literal[True, False, "alternating"] = True
+    """Mirror every other image, at random; `alternating`: each image in every other epoch, so that two epochs show it
+    both ways."""
     translate: int = Field(4, ge=0, le=16)
     """Largest shift in each direction, in pixels of the stored image; the border is reflected."""
     cutout: int = Field(12, ge=0, le=32)
@@ -138,8 +141,9 @@ class Evaluation(_Section):
     """Test images a forward pass."""
     interim_images: int = Field(0, ge=0)
     """Test images used before the end of training (evenly spaced); 0: all. The last evaluation uses all."""
-    tta: bool = True
-    """Report flip test-time augmentation at the last evaluation too."""
+    tta: Literal[True, False, "shifts"] = True
+    """Report test-time augmentation at the last evaluation too: the mean over an image and its mirror image; `shifts`:
+    besides, that over both of them shifted by a pixel, six views in all."""
 
 
 class Checkpoint(_Section):

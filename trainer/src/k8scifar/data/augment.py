@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 CHUNK = 64  # images that get their border together
 _MASK = 0xFFFFFFFF
-PLACE, CUT, HELD_OUT = 1, 2, 3  # streams: mirror and shift, cutout, which images are held out
+PLACE, CUT, HELD_OUT, SIDE = 1, 2, 3, 4  # streams: mirror and shift, cutout, who is held out, the first epoch's side
 
 
 def _mix(x):
@@ -73,18 +73,30 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def plain(self, samples: torch.Tensor, pixels: int) -> torch.Tensor:
-        """Images as stored, normalised: float32 [n, 3, pixels, pixels], channels last."""
-        return self._finish(self._crop(samples, self._border, self._border).float(), pixels)
+    def plain(self, samples: torch.Tensor, pixels: int, shift: int = 0) -> torch.Tensor:
+        """Images as stored, or from `shift` pixels down and right on (at most `border` either way; the border is
+        reflected), normalised: float32 [n, 3, pixels, pixels], channels last."""
+        first = self._border + shift
+        return self._finish(self._crop(samples, first, first).float(), pixels)
 
     def augmented(
-        self, samples: torch.Tensor, pixels: int, *, seed: int, epoch: int, flip: bool, translate: int, cutout: int
+        self,
+        samples: torch.Tensor,
+        pixels: int,
+        *,
+        seed: int,
+        epoch: int,
+        flip: bool | str,
+        translate: int,
+        cutout: int,
     ) -> torch.Tensor:
         """Images mirrored, shifted (the border reflected) and cut out at random, then resized.
 
         Args:
             samples: int64 [n], on the images' device.
             pixels: height and width of the result.
+            flip: whether every other image is mirrored; "alternating": each in every other epoch, beginning by a hash
+                of seed and image (source: Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU, 2024).
             translate, cutout: pixels of the stored image; translate is at most `border`.
 
         Returns:
@@ -93,7 +105,9 @@ class Images:
         span, first = 2 * translate + 1, self._border - translate
         bits = draw(samples, seed, epoch, PLACE)  # one hash for all three: on a GPU each operation is a launch
         batch = self._crop(samples, low(bits, span) + first, high(bits, span) + first)
-        if flip:
+        if flip == "alternating":
+            batch = self._mirrored(batch, (draw(samples, seed, 0, SIDE) + epoch) & 1)
+        elif flip:
             batch = self._mirrored(batch, bits & 1)
         batch = batch.float()
         if cutout:

@@ -19,8 +19,8 @@ from k8scifar.inference.trained import open_model
 from k8scifar.ranks.device import resolve_precision
 from k8scifar.ranks.world import join
 from k8scifar.results.outcome import Outcome
-from k8scifar.results.summary import beside
-from k8scifar.training.evaluation import evaluate
+from k8scifar.results.summary import augmented, beside
+from k8scifar.training.evaluation import SHIFT, evaluate
 from k8scifar.urls import local
 
 
@@ -57,9 +57,10 @@ def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outco
         )
     split = read(data_dir, manifest, "test")
     config = load(sets=sets)
+    tta = config.evaluation.tta or True
     with join(config) as world:
         arrays = (torch.from_numpy(array).to(world.device) for array in (split.images, split.labels))
-        images = Images(*arrays, trained.mean, trained.std)
+        images = Images(*arrays, trained.mean, trained.std, SHIFT if tta == "shifts" else 0)
         outcome = evaluate(
             trained.net.to(world.device),
             images,
@@ -67,7 +68,7 @@ def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outco
             classes=len(trained.classes),
             pixels=trained.pixels,
             batch=config.evaluation.batch,
-            tta=True,
+            tta=tta,
             precision=resolve_precision(config, world.device, world.host_group).name,
         )
         return (outcome if world.is_main else None), manifest
@@ -76,7 +77,7 @@ def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outco
 def describe(figures: dict[str, Any], classes: list[str]) -> str:
     """The figures as lines for a person."""
     lines = [
-        f"test accuracy {figures['accuracy']:.2%}{beside(figures)}, with flip TTA {figures['accuracy_tta']:.2%}, "
+        f"test accuracy {figures['accuracy']:.2%}{beside(figures)}{augmented(figures)}, "
         f"top-5 {figures['top5']:.2%}, loss {figures['loss']:.4f}, {figures['images']:,} images"
     ]
     lines += [f"  {name:<12} {accuracy:.2%}" for name, accuracy in zip(classes, figures["per_class"], strict=True)]

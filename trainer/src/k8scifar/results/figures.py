@@ -120,6 +120,25 @@ def scaling(ranks: list[int], rates: list[float]) -> Figure:
     return figure
 
 
+def over_minutes(series: dict[str, list[tuple[float, float]]]) -> Figure:
+    """Accuracies (0 to 1) over minutes of training, a curve for each name, the last one in the second colour."""
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    styles = ("-", "--", ":", "-.")
+    for index, (name, points) in enumerate(series.items()):
+        colour = SECOND if index == len(series) - 1 else FIRST
+        minutes, accuracies = zip(*points, strict=True) if points else ((), ())
+        axes.plot(minutes, accuracies, color=colour, linewidth=1.6, linestyle=styles[index % 4], label=name)
+    axes.set(xlabel="minutes of training", ylabel="accuracy", ylim=(0, 1))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:g} %")
+    axes.grid(color=LINE, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower right")
+    _colour(axes)
+    return figure
+
+
 def svg(figure: Figure) -> str:
     """A figure as an <svg> element without a background; equal for equal figures."""
     content = io.StringIO()

@@ -56,11 +56,16 @@ def beside(record: dict[str, Any]) -> str:
     return " on SYNTHETIC images" if str(source).startswith("synthetic") else ""
 
 
+def augmented(figures: dict[str, Any]) -> str:
+    """The accuracies with test-time augmentation among these figures, to follow the plain one; "" without any."""
+    words = {"accuracy_tta": "flip TTA", "accuracy_tta_shifts": "flips and shifts"}
+    return "".join(f", with {what} {figures[key]:.2%}" for key, what in words.items() if figures.get(key) is not None)
+
+
 def describe(summary: dict[str, Any], folder: Path) -> str:
     """A finished run in one line."""
-    tta = f", with flip TTA {summary['accuracy_tta']:.2%}" if summary["accuracy_tta"] is not None else ""
     return (
-        f"{word_of(summary)} accuracy {summary['accuracy']:.2%}{beside(summary)}{tta} "
+        f"{word_of(summary)} accuracy {summary['accuracy']:.2%}{beside(summary)}{augmented(summary)} "
         f"after {summary['epochs']} epochs, {summary['seconds']:.0f} s, "
         f"{summary['training_flops'] / 1e15:.3f} PFLOP, {summary['images_per_second']:,.0f} images/s on "
         f"{summary['world_size']} rank(s){_took_part(summary)}; see {folder}"

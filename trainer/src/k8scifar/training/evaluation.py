@@ -20,6 +20,8 @@ from k8scifar.ranks.device import autocast
 from k8scifar.ranks.world import World
 from k8scifar.results.outcome import Outcome
 
+SHIFT = 1  # pixels of the stored image, up and left or down and right, of a shifted view
+
 
 class Stopped(Exception):
     """The ranks agreed to stop in the midst of an evaluation."""
@@ -34,7 +36,7 @@ def evaluate(
     pixels: int,
     batch: int,
     limit: int = 0,
-    tta: bool = False,
+    tta: bool | str = False,
     precision: str = "fp32",
     turns: Sequence[int] = (),
     keep_going: Callable[[], bool] = lambda: True,
@@ -46,7 +48,9 @@ def evaluate(
         batch: images a forward pass.
         limit: use only this many images, evenly spaced; 0: all.
         turns: batches of each round by rank; empty: one each.
-        tta: also report the accuracy of the mean of the logits of an image and its mirror image.
+        tta: also report the accuracy of the mean of the logits of an image and its mirror image; "shifts": besides,
+            that of the mean of this and of the four of both shifted by SHIFT (source: Jordan, 94% on CIFAR-10 in 3.29
+            Seconds on a Single GPU, 2024), for which `images` need that border.
         keep_going: asked before each round of batches by all ranks; False on all ranks stops.
 
     Raises:
@@ -62,7 +66,7 @@ def evaluate(
     top5 = MulticlassAccuracy(classes, average="micro", top_k=top).to(device)
     each = MulticlassAccuracy(classes, average="none").to(device)
     confusion = MulticlassConfusionMatrix(classes).to(device)
-    mirrored = MulticlassAccuracy(classes, average="micro").to(device)
+    mirrored, shifted = (MulticlassAccuracy(classes, average="micro").to(device) for _ in range(2))
     kept = _per_image_metric(count).to(device)
     was_training = net.training
     net.eval()
@@ -80,6 +84,10 @@ def evaluate(
                 with torch.inference_mode(), autocast(device, precision):
                     logits = net(inputs).float()
                     both = (logits + net(inputs.flip(3)).float()) / 2 if tta else None
+                    if tta == "shifts":
+                        parts = [images.plain(samples[at], pixels, shift) for shift in (-SHIFT, SHIFT)]
+                        others = [net(part).float() for moved in parts for part in (moved, moved.flip(3))]
+                        shifted.update(both / 2 + sum(others) / 8, labels)
                 for metric in (plain, top5, each, confusion):
                     metric.update(logits, labels)
                 kept.update(at, F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1))
@@ -99,6 +107,8 @@ def evaluate(
         }
         if tta:
             figures["accuracy_tta"] = mirrored.compute().item()
+        if tta == "shifts":
+            figures["accuracy_tta_shifts"] = shifted.compute().item()
         matrix = confusion.compute()
     return Outcome(figures, samples.cpu(), losses.cpu(), predictions.cpu(), matrix.cpu())
 

@@ -8,22 +8,33 @@ import torch
 from torch import nn
 
 from k8scifar.config.schema import Config
+from k8scifar.training.model import norms
 from k8scifar.training.muon import Muon
 
 
 def build(net: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD or Muon over `net`, weight decay on all parameters or on the matrices only."""
+    """SGD or Muon over `net`, weight decay on all parameters or on the matrices only.
+
+    Source of a higher learning rate for the biases of batch normalisations: Page, How to Train Your ResNet (2018-2019),
+    part 8; Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU (2024).
+    """
     settings = config.optimizer
-    vectors = [parameter for parameter in net.parameters() if parameter.ndim <= 1]
+    apart = settings.norm_bias_lr != 1.0  # else a group with the others, as in former releases' checkpoints
+    biases = [layer.bias for layer in norms(net)] if apart else []
+    kept = set(map(id, biases))
+    vectors = [parameter for parameter in net.parameters() if parameter.ndim <= 1 and id(parameter) not in kept]
     hidden = [layer.weight for layer in net.modules() if isinstance(layer, nn.Conv2d)][1:]
     if settings.name == "sgd":
         hidden = []
     kept = set(map(id, hidden))
     matrices = [parameter for parameter in net.parameters() if parameter.ndim > 1 and id(parameter) not in kept]
+    decay = settings.weight_decay if settings.decay == "all" else 0.0
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": settings.weight_decay if settings.decay == "all" else 0.0},
+        {"params": vectors, "weight_decay": decay},
     ]
+    if apart:
+        groups.append({"params": biases, "weight_decay": decay, "scale": settings.norm_bias_lr})
     # Not fused: on a CPU that form silently assumes that gradients lie in memory as their weights do.
     shared: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov, "foreach": True}
     if settings.name == "sgd":
@@ -38,6 +49,6 @@ def step_flops(optimizer: torch.optim.Optimizer) -> int:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group; those of Muon keep their proportion to it."""
+    """Set the learning rate of every group; those with a `scale` keep their proportion to it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)

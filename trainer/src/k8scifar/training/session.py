@@ -25,7 +25,7 @@ from k8scifar.results.progress import epoch_line
 from k8scifar.results.run_folder import RunFolder
 from k8scifar.training import checkpoint, ending, meter, model, scaling, work
 from k8scifar.training.clock import StepClock
-from k8scifar.training.evaluation import evaluate
+from k8scifar.training.evaluation import SHIFT, evaluate
 from k8scifar.training.plan import Plan
 from k8scifar.training.state import State
 
@@ -47,7 +47,7 @@ class Session:
         train, self.evaluated = holdout.splits(Path(config.data.dir), manifest, config.data.holdout)
         self.evaluated_word = evaluated.word(config.data.holdout)
         self.train_images = self._on_device(train, border=config.augment.translate)
-        self.evaluation_images = self._on_device(self.evaluated)
+        self.evaluation_images = self._on_device(self.evaluated, SHIFT if config.evaluation.tta == "shifts" else 0)
         # Fresh weights, then the exchange, then the checkpoint: the mode is measured on a model that may still change,
         # and decides which of the checkpoint's tensors there are to be restored.
         self.state = State.fresh(config, manifest, world, self.train_images, self.precision)
@@ -268,7 +268,7 @@ class Session:
             pixels=pixels,
             batch=settings.batch,
             limit=0 if final else settings.interim_images,
-            tta=settings.tta and final,
+            tta=final and settings.tta,
             precision=self.precision,
             turns=[round(speed) for speed in self.state.shares.relative],
             keep_going=keep_going,

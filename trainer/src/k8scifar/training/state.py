@@ -266,7 +266,7 @@ def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest)
         if "every" in used and config.distributed.comm == used["mode"]:  # `auto` may have stretched it
             saved["distributed.local_sgd_steps"] = used["every"]
     changed = config.differences(saved)
-    fixed = [key for key in changed if key.split(".")[0] in FIXED]
+    fixed = [key for key in changed if {key, key.split(".")[0]} & set(FIXED)]
     extended = set(changed) <= {"epochs"} and config.epochs > payload["config"]["epochs"]
     told = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
     if changed and not extended and (fixed or not config.checkpoint.accept_changes):

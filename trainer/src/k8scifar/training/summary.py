@@ -30,6 +30,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
     return {
         "accuracy": figures["accuracy"],
         "accuracy_tta": figures.get("accuracy_tta"),
+        **{key: value for key, value in figures.items() if key == "accuracy_tta_shifts"},
         "top5": figures["top5"],
         "loss": figures["loss"],
         "per_class": dict(zip(state.manifest.classes, figures["per_class"], strict=True)),

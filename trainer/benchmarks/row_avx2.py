@@ -1,0 +1,29 @@
+"""Row `time` as on a processor that has no bf16, emulated: oneDNN and torch's own kernels kept to AVX2, float32."""
+
+from __future__ import annotations
+
+import os
+
+import row_time
+from harness import Options
+
+TITLE = "Time to accuracy, two ranks, oneDNN and torch kept to AVX2, float32"
+COMMAND = "make bench ROWS=avx2 BENCH_MINUTES=10"
+ISA = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+
+
+def measure(options: Options) -> dict:
+    """As row_time.measure; both contenders read the environment when they start."""
+    before = {name: os.environ.get(name) for name in ISA}
+    os.environ.update(ISA)
+    try:
+        # `auto` asks the processor, which has more than it may use here.
+        return row_time.measure(options, hardware__precision="fp32")
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def lines(found: dict) -> list[tuple[str, str, str]]:
+    """(what, measured, aim)."""
+    return [(f"AVX2, float32: {what}", value, "") for what, value, _ in row_time.lines(found)]
