@@ -73,14 +73,14 @@ def leave(chart: Chart, kubectl: Kubectl) -> None:
     chart.uninstall()
     print(f"release {chart.release} is uninstalled", flush=True)
     try:
-        claims = Release.find(chart.release, kubectl).objects.get("PersistentVolumeClaim", [])
+        found = Release.find(chart.release, kubectl).objects.get("PersistentVolumeClaim", [])
     except ToolError:
         return
-    if claims:
+    if claims := [item["metadata"]["name"] for item in found if not item["metadata"].get("deletionTimestamp")]:
         chosen = f"-l app.kubernetes.io/instance={chart.release}"
         print(
-            f"kept, with data set and runs: {', '.join(item['metadata']['name'] for item in claims)}; to be rid of them: "
-            f" kubectl {kubectl.options()} delete pods,pvc,configmaps {chosen} && "
+            f"its claims are kept, with data set and runs: {', '.join(claims)}; to be rid of them:\n"
+            f"  kubectl {kubectl.options()} delete pods,pvc,configmaps {chosen} && "
             f"kubectl delete pv {chosen},k8scifar/namespace={chart.namespace}"
         )
 

@@ -66,10 +66,14 @@ class Series:
         """The picture and the table of what has been measured. Raises ToolError."""
         self.found["note"] = note(self.found["measured"], where)
         self.save()
-        command = [sys.executable, str(DRAW), "--draw", str(self.path), "--out", str(self.folder)]
-        if subprocess.run(command).returncode:
+        if not draw(self.path, self.folder):
             raise ToolError(f"the picture could not be drawn; what was measured is kept in {self.path}")
         print(f"\nkept in {self.folder}: scaling.png, scaling.md, {RECORD}", flush=True)
+
+
+def draw(path: Path, folder: Path) -> bool:
+    """Draw what a file holds into a folder; whether that was done."""
+    return subprocess.run([sys.executable, str(DRAW), "--draw", str(path), "--out", str(folder)]).returncode == 0
 
 
 def note(measured: list[dict[str, Any]], where: str) -> str:
