@@ -153,7 +153,7 @@ def test_helms_own_refusal_is_told(cluster):
         (RUNNING, "", "scaling-1-SERIES: failed: node 0: no space", "failed: node 0: no space"),
     ],
 )
-def test_a_training_that_fails_is_left_for_looking_at(cluster, capsys, state, at, progress, sentence):
+def test_a_training_that_fails_is_left_for_looking_at(cluster, state, at, progress, sentence):
     def told(nodes: int) -> None:
         (cluster.stage.home / "progress").write_text(progress.replace("SERIES", str(cluster.series)))
 
@@ -163,7 +163,7 @@ def test_a_training_that_fails_is_left_for_looking_at(cluster, capsys, state, at
     assert sentence in str(refused.value)
     typed = "RELEASE=cifar-scaling NAMESPACE=lab CONTEXT=mine"
     assert f"make status {typed}, make logs {typed}; the same command goes on" in str(refused.value)
-    assert cluster.calls[-1][0] == "upgrade" and "  nodes=1: " in capsys.readouterr().out
+    assert cluster.calls[-1][0] == "upgrade", "nothing is uninstalled"
 
 
 @pytest.mark.parametrize("what", ["uninstalled", "upgraded", "silent"])

@@ -41,6 +41,7 @@ class Run:
     _told: list[str] = field(default_factory=list)
     _when: float = 0.0
     _said: str = ""  # by the run folder, the last time that it was asked
+    _old: set[str] | None = None  # mistakes that were there before, and may be mended by now
 
     def finished(self) -> dict[str, Any]:
         """Wait for the run's summary; its figures. Raises Failed where there will be none."""
@@ -104,7 +105,9 @@ class Run:
         states = {pod["metadata"]["name"]: standing(pod) for pod in pods}
         lines = {name: " ".join([name, *words]).replace("  ", " ") for name, words in states.items()}
         bad = [lines[name] for name, words in states.items() if not FINE.match(words[1])]
-        if any(map(mistaken, pods)):
+        wrong = {end for pod in pods for end in mistakes(pod)}
+        self._old = wrong if self._old is None else self._old
+        if wrong - self._old:
             raise Failed("; ".join(bad))
         runs = [name for name, (container, words) in states.items() if (container, words[:7]) == ("trainer", "running")]
         missing = [f"{len(pods)} of {self.nodes} pods are there"] if len(pods) < self.nodes else []
@@ -134,13 +137,14 @@ class Run:
             raise Failed(f"{trouble} (for {self.patience:.0f} seconds and more)")
 
 
-def mistaken(pod: dict[str, Any]) -> bool:
-    """Whether a container has ended with the exit code of a mistake, and does not run again."""
+def mistakes(pod: dict[str, Any]) -> set[str]:
+    """The ends with the exit code of a mistake of containers that do not run again, each told from all others."""
+    found = set()
     for each in statuses(pod):
         ended = each["state"].get("terminated") or each.get("lastState", {}).get("terminated") or {}
         if "running" not in each["state"] and ended.get("exitCode") == MISTAKE:
-            return True
-    return False
+            found.add(" ".join([pod["metadata"]["name"], each["name"], str(ended.get("finishedAt", ""))]))
+    return found
 
 
 def parsed(text: str) -> dict[str, Any] | None:

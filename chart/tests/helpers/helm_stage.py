@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 from chart_helpers import LOADER, helm
 from cluster_stage import RUNNING, Stage, installed, pod
+from scaling_chart import NO_SERIES
 
 ANNOTATION = "k8scifar/scaling"
 
@@ -44,7 +46,10 @@ class Helm:
         if words[0] == "upgrade" and self.refusal:
             return self.ended("", self.refusal)
         if words[0] == "upgrade":
-            self.install(template("template", *words[2:], f"--namespace={chart.namespace}").stdout)
+            series = words[-1].rpartition("=")[2]
+            same = [word.replace(series, NO_SERIES) for word in words[2:]]  # as it was rendered before
+            text = template("template", *same, f"--namespace={chart.namespace}").stdout
+            self.install(re.sub(rf"(scaling-\d+-|{ANNOTATION}: ){NO_SERIES}\b", rf"\g<1>{series}", text))
         if words[0] == "uninstall":
             self.series = None
             kept = json.loads((self.stage.home / "objects.json").read_text())["items"]
