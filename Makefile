@@ -196,9 +196,15 @@ bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data pi
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python trainer/benchmarks/bench.py $(BENCH_ROWS) --data "$(DATA_DIR)" $(ARGS)
 
-scaling: $(READY) ## the same steps on 1, 2, ... RANKS=cores here: speed-up and efficiency, picture and table in results/
-	@$(FOREGROUND) $(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
-	@$(FOREGROUND) $(BIN)/python trainer/benchmarks/scaling.py --data "$(DATA_DIR)" $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
+# Not ?=, for batch systems export a NODES of their own.
+NODES =
+EPOCHS = 1
+SCALING_CLUSTER = $(BIN)/python chart/tools/scaling_cluster.py $(IN_CLUSTER) --nodes "$(NODES)" --epochs "$(EPOCHS)"
+SCALING_HERE = $(BIN)/python trainer/benchmarks/scaling.py --data "$(DATA_DIR)" $(if $(RANKS),--ranks $(RANKS))
+
+scaling: $(READY) ## speed-up and efficiency on 1, 2, ... RANKS=cores here, or NODES=2 of a cluster (VALUES, NFS), drawn in results/
+	@$(if $(NODES),,$(FOREGROUND) $(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)")
+	@$(FOREGROUND) $(if $(NODES),$(SCALING_CLUSTER) $(ARGS) -- $(HELM_OPTIONS),$(SCALING_HERE) $(ARGS))
 
 bench-gpu: $(READY) ## measure what needs a GPU, in ten minutes; ROWS=gpu,flops picks some
 	@$(MAKE) bench ARGS="--gpu $(ARGS)"

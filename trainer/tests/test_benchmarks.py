@@ -116,10 +116,13 @@ def test_time_to_accuracy_counts_operations_and_draws_the_curves(options, tmp_pa
 
 
 def test_scaling_draws_a_picture_and_a_table(tmp_path):
-    machine = {"gpu": None, "machine": "a laptop", "versions": {"torch": "2.13.0"}}
-    text = scaling.table([1, 2, 3], [50.0, 95.0, 120.0], machine)
-    assert "| 2 | 95.0 | 1.90 | 0.95 |\n| 3 | 120.0 | 2.40 | 0.80 |" in text and "a laptop, torch 2.13.0" in text
-    scaling.write(tmp_path, [1, 2, 3], [50.0, 95.0, 120.0], text)
+    measured = [{"count": count, "images_per_second": rate} for count, rate in ((1, 50.0), (2, 95.0), (3, 120.0))]
+    (tmp_path / "measured.json").write_text(json.dumps({"unit": "nodes", "measured": measured, "note": "two laptops"}))
+    assert scaling.main(["--draw", str(tmp_path / "measured.json"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "scaling.png").stat().st_size > 10_000
+    text = (tmp_path / "out" / "scaling.md").read_text()
+    assert text.startswith("| nodes | images/s") and text.endswith("\n\ntwo laptops\n")
+    assert "| 2 | 95.0 | 1.90 | 0.95 |\n| 3 | 120.0 | 2.40 | 0.80 |" in text
     left, right = figures.scaling([1, 2, 3], [50.0, 95.0, 120.0]).axes
     assert [list(line.get_ydata()) for line in left.lines] == [[1, 2, 3], [1.0, 1.9, 2.4]]
     assert [list(line.get_ydata()) for line in right.lines] == [[1, 1, 1], [1.0, 0.95, pytest.approx(0.8)]]

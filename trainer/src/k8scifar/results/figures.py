@@ -99,20 +99,20 @@ def bars(values: dict[str, float], beside: float) -> Figure:
     return figure
 
 
-def scaling(ranks: list[int], rates: list[float]) -> Figure:
-    """Speed-up and efficiency over the number of ranks, beside the ideal; `rates`: images a second."""
+def scaling(counts: list[int], rates: list[float], unit: str = "ranks") -> Figure:
+    """Speed-up and efficiency over the number of `unit`, beside the ideal; `rates`: images a second."""
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    speedups = [rate / rates[0] * ranks[0] for rate in rates]
-    efficiencies = [speedup / count for speedup, count in zip(speedups, ranks, strict=True)]
+    speedups = [rate / rates[0] * counts[0] for rate in rates]
+    efficiencies = [speedup / count for speedup, count in zip(speedups, counts, strict=True)]
     for axes, ideal, measured, title in (
-        (left, ranks, speedups, "speed-up"),
-        (right, [1.0] * len(ranks), efficiencies, "efficiency"),
+        (left, counts, speedups, "speed-up"),
+        (right, [1.0] * len(counts), efficiencies, "efficiency"),
     ):
-        axes.plot(ranks, ideal, color=INK, linewidth=1.0, linestyle="--", label="ideal")
-        axes.plot(ranks, measured, color=SECOND, linewidth=1.6, marker="o", markersize=4, label="measured")
-        axes.set(xlabel="ranks", ylabel=title, xticks=ranks, ylim=(0, 1.08 * max(*ideal, *measured)))
+        axes.plot(counts, ideal, color=INK, linewidth=1.0, linestyle="--", label="ideal")
+        axes.plot(counts, measured, color=SECOND, linewidth=1.6, marker="o", markersize=4, label="measured")
+        axes.set(xlabel=unit, ylabel=title, xticks=counts, ylim=(0, 1.08 * max(*ideal, *measured)))
         axes.grid(color=LINE, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower right")
