@@ -38,7 +38,7 @@ def settle(
         inputs = images.augmented(samples, pixels, seed=config.seed, epoch=0, **dict(config.augment))
         return inputs, images.labels[samples]
 
-    trial = choice.Trial(state.ddp, state.optimizer, batch, precision, world)
+    trial = choice.Trial(state.ddp, state.optimizer, batch, precision, world, config)
     speeds = functools.cache(lambda: choice.alone(trial, pixels))
 
     def wire() -> choice.Times:
