@@ -111,13 +111,13 @@ def rounded(world: World) -> None:
         dist.all_reduce(mean)
         whole = taken[weight] + torch.zeros_like(weight)
         dist.all_reduce(whole)
-        torch.testing.assert_close(whole, mean, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(whole, mean, rtol=1e-3, atol=1e-5)
         asked_for = asked[weight] + torch.zeros(len(weight), weight[0].numel())
         dist.all_reduce(asked_for)
         if world.is_main:
             rest = saved["shared"][index]
             assert rest.any()
-            torch.testing.assert_close(made[weight] + rest, asked_for, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(made[weight] + rest, asked_for, rtol=1e-3, atol=1e-3)
 
 
 def rank(number: int, folder: Path) -> None:

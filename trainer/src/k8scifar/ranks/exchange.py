@@ -84,10 +84,11 @@ class AllReduce:
         return self._optimizer.hidden if self._directs else []
 
     def _zeros(self, form: wire.Float32) -> dict[nn.Parameter, torch.Tensor]:
-        """What a format that rounds has left over at the start, [out, n] of each matrix."""
+        """What a format that rounds has left over at the start, bfloat16 [out, n] of each matrix."""
         if not form.rounds:
             return {}
-        return {parameter: torch.zeros(rows(parameter).shape, device=parameter.device) for parameter in self._matrices}
+        kind: Any = {"dtype": torch.bfloat16, "device": self._world.device}
+        return {parameter: torch.zeros(rows(parameter).shape, **kind) for parameter in self._matrices}
 
     def _hook(self) -> Callable[..., torch.futures.Future[torch.Tensor]] | None:
         """What is called with each bucket of gradients; None: DDP's own all-reduce."""
@@ -224,7 +225,7 @@ class AllReduce:
         return []
 
     def _own(self) -> list[torch.Tensor]:
-        """What is carried from step to step, and each rank's own; float32."""
+        """What is carried from step to step, and each rank's own; all of one type."""
         return []
 
 

@@ -66,7 +66,9 @@ class Formats:
 
     there: Float32
     back: Float32
-    rest_there: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)  # [out, n], of formats that round
+    rest_there: dict[nn.Parameter, torch.Tensor] = field(
+        default_factory=dict
+    )  # bfloat16 [out, n], if it rounds
     rest_back: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)  # the same; an owner's alone counts
 
 
@@ -237,17 +239,17 @@ class Owners:
 
 
 def move(world: World, tensors: list[torch.Tensor], sources: list[int], targets: list[set[int]]) -> None:
-    """Copy each tensor (float32, dense) from its source rank to its target ranks, in place; collective.
+    """Copy each tensor (dense) from its source rank to its target ranks, in place; collective.
 
     Source, target and form of each are the same on all ranks.
     """
-    every = list(zip(map(stored, tensors), sources, targets, strict=True))
+    every = list(zip([stored(tensor).view(torch.uint8) for tensor in tensors], sources, targets, strict=True))
     ranks, me = range(world.size), world.rank
     there = [[values for values, source, target in every if source == me != rank and rank in target] for rank in ranks]
     here = [[values for values, source, target in every if source == rank != me and me in target] for rank in ranks]
     outgoing, incoming = ([sum(map(torch.numel, parts)) for parts in way] for way in (there, here))
-    out = torch.cat([torch.empty(0, device=world.device), *itertools.chain(*there)])
-    received = torch.empty(sum(incoming), device=world.device)
+    out = torch.cat([torch.empty(0, dtype=torch.uint8, device=world.device), *itertools.chain(*there)])
+    received = torch.empty(sum(incoming), dtype=torch.uint8, device=world.device)
     world.pulse.arrive()
     dist.all_to_all_single(received, out, incoming, outgoing)
     unflatten(received, list(itertools.chain(*here)))
