@@ -66,9 +66,7 @@ class Formats:
 
     there: Float32
     back: Float32
-    rest_there: dict[nn.Parameter, torch.Tensor] = field(
-        default_factory=dict
-    )  # bfloat16 [out, n], if it rounds
+    rest_there: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)  # bfloat16 [out, n], if it rounds
     rest_back: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)  # the same; an owner's alone counts
 
 
