@@ -195,9 +195,10 @@ class Owners:
             length = [sum(padded(size) for _, size in self._sized(part)) for part in parts]
             own = self._bytes(length[world.rank])
             for parameter, piece in self._pieces(parts[world.rank], own):
-                self._mark("communication")
-                self.settle([parameter])
-                self._mark("updates")
+                if parameter in self._coming:
+                    self._mark("communication")
+                    self.settle([parameter])
+                    self._mark("updates")
                 self._formats.back.write(result(parameter), 1.0, self._formats.rest_back.get(parameter), piece)
             received = self._bytes(sum(length) - length[world.rank])
             world.pulse.arrive()
