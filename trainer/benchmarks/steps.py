@@ -43,6 +43,7 @@ class Watch:
         self.steps, self.every = steps, int(os.environ.get("BENCH_EVALUATE", "0"))
         self.budget = 60 * float(os.environ.get("BENCH_MINUTES", "inf"))
         self.ended: list[float] = []  # of each step
+        self.sent: list[int] = []  # bytes by the end of each step
         self.left_out = 0.0  # seconds of evaluations
         self.curve: list[tuple[float, float, int]] = []  # seconds of training, test accuracy, steps done
         self.stalls: list[float] = []
@@ -57,6 +58,7 @@ class Watch:
         if self.session.world.device.type == "cuda" and len(self.ended) in (SETTLED, self.steps - 1):
             torch.cuda.synchronize()
         self.ended.append(time.time())
+        self.sent.append(bytes_sent())
         if self.every and (len(self.ended) % self.every == 0 or len(self.ended) == self.steps):
             self._evaluate()
         over = torch.tensor([int(time.time() - self.began - self.left_out > self.budget)])
@@ -77,6 +79,12 @@ class Watch:
             tensor.copy_(value)
         self.curve.append((spent, outcome.figures["accuracy"], session.state.step))
         self.left_out = time.time() - self.began - spent
+
+
+def bytes_sent() -> int:
+    """Bytes that this host's network interfaces have sent by now, the loopback left out."""
+    counters = Path("/sys/class/net").glob("*/statistics/tx_bytes")
+    return sum(int(path.read_text()) for path in counters if path.parts[-3] != "lo")
 
 
 def main(out: Path, steps: int, arguments: list[str]) -> None:
@@ -128,6 +136,7 @@ def main(out: Path, steps: int, arguments: list[str]) -> None:
         },
         "first_step": watch.ended[0] - started,
         "steps": [end - start for start, end in itertools.pairwise(watch.ended)],
+        "sent": round((watch.sent[-1] - watch.sent[0]) / 1e6 / max(1, len(watch.sent) - 1), 2),  # MB a step
         "stalls": watch.stalls,
         "saved_after": watch.saved_after,
         "curve": watch.curve,

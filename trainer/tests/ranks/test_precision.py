@@ -56,9 +56,10 @@ def test_precision_that_all_ranks_have(here, other, sets, name, told, monkeypatc
 def test_fp16_is_refused_where_it_can_not_work(monkeypatch):
     with pytest.raises(UserError, match=r"needs a GPU.*set it to auto"):
         device.resolve_precision(loading.load(sets=["hardware.precision=fp16"]), CPU, None)
-    with pytest.raises(UserError, match=r"powersgd.*set hardware\.precision=auto"):
-        sets = ["hardware.precision=fp16", "distributed.comm=powersgd"]
-        resolved(monkeypatch, sets, device.FP16, device.FP16)
+    for mode in ("powersgd", "int8"):
+        with pytest.raises(UserError, match=rf"{mode}.*set hardware\.precision=auto"):
+            sets = ["hardware.precision=fp16", f"distributed.comm={mode}"]
+            resolved(monkeypatch, sets, device.FP16, device.FP16)
 
 
 @pytest.mark.parametrize(

@@ -218,10 +218,11 @@ def test_an_epoch_s_clocks_are_read_by_resolution_without_the_first_step(monkeyp
 
 
 def test_auto_communication_counts_with_shares_that_suit_the_speeds():
-    slow_wire = Times(gradients=1.0, rounded=0.5, compute=4.0, exposed=0.4)
-    assert choice.best(choice.predict(slow_wire, 8, 2)) == Choice("bf16", 8)
-    divided = Times(gradients=1.0, rounded=0.5, compute=8.0, exposed=0.4, divided=4.0)
-    steps = choice.predict(divided, 8, 2)
+    exposed = {"allreduce": 0.4, "bf16": 0.15, "int8": 0.15}
+    slow_wire = Times(movement=0.5, compute=4.0, exposed=exposed)
+    assert choice.best(choice.predict(slow_wire, 8)) == Choice("bf16", 8)
+    divided = Times(movement=0.5, compute=8.0, exposed=exposed, divided=4.0)
+    steps = choice.predict(divided, 8)
     assert steps[Choice("local-sgd", 8)] > 8.0 > steps[Choice("allreduce", 8)]
 
 

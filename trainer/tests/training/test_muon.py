@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from k8scifar.config import loading
+from k8scifar.ranks.owners import divide
 from k8scifar.training import muon, optim
 
 
@@ -52,28 +53,27 @@ def build(parameters: list[nn.Parameter]) -> muon.Muon:
 
 
 def test_shared_among_ranks_equals_alone():
-    """Three ranks in turn: what each computes is kept, and their sum is what each of them steps by."""
+    """What `direct` leaves in the gradients is what each weight steps by: here the directions, rounded, of an owner."""
     alone, gradients = convolutions(), [torch.randn_like(parameter) for parameter in convolutions()]
-    for parameter, gradient in zip(alone, gradients, strict=True):
-        parameter.grad = gradient.clone()
-    build(alone).step()
-    parts: list[torch.Tensor] = []
-    for rank in range(3):
-        mine = convolutions()
-        for parameter, gradient in zip(mine, gradients, strict=True):
+    together, owner = convolutions(), convolutions()
+    for parameters in (alone, together, owner):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.clone()
-        optimizer = build(mine)
-        optimizer.share(rank, [1.0] * 3, lambda flat: parts.append(flat.clone()))
-        optimizer.step()
-    assert all(part.count_nonzero() < part.numel() / 2 + 600 for part in parts), "each computes its part only"
-    together = convolutions()
-    for parameter, gradient in zip(together, gradients, strict=True):
-        parameter.grad = gradient.clone()
-    optimizer = build(together)
-    optimizer.share(0, [1.0] * 3, lambda flat: flat.add_(parts[1]).add_(parts[2]))
-    optimizer.step()
+    owning, sharing = build(owner), build(together)
+    for parameter in owner:
+        owning.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def direct():
+        for parameter, its in zip(together, owner, strict=True):
+            rounded = owning.direction(its).bfloat16()
+            parameter.grad.copy_(rounded.view_as(parameter.movedim(1, -1)).movedim(-1, 1))
+
+    sharing.share(direct)
+    build(alone).step()
+    sharing.step()
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one, other)
+    assert not any(sharing.state[parameter]["momentum_buffer"].any() for parameter in together), "the owner's alone"
 
 
 def test_step_moves_weights_of_fixed_norm_by_the_learning_rate():
@@ -96,13 +96,18 @@ def test_work_is_divided_evenly_and_counted(resnet18):
     hidden = [layer.weight for layer in resnet18.modules() if isinstance(layer, nn.Conv2d)][1:]
     costs = [muon.flops(weight, 5) for weight in hidden]
     for speeds in ([1.0], [1.0] * 2, [1.0] * 4, [2.0, 1.0]):
-        owners = muon.divide(hidden, 5, speeds)
+        owners = divide(costs, [weight.numel() for weight in hidden], speeds)
         assert set(owners) == set(range(len(speeds)))
         busy = [
             sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) / speed
             for rank, speed in enumerate(speeds)
         ]
         assert max(busy) < 1.35 * sum(costs) / sum(speeds)
+    sizes = [weight.numel() for weight in hidden]
+    owners = divide(costs, sizes, [1.0, 1.0])
+    assert sum(size * owner for size, owner in zip(sizes, owners, strict=True)) == pytest.approx(
+        sum(sizes) / 2, rel=0.1
+    )
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

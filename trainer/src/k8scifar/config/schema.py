@@ -170,9 +170,10 @@ class Distributed(_Section):
     """Network interface of the collectives, e.g. eth0; empty: the one that this host's name resolves to."""
     timeout_seconds: float = Field(60.0, ge=5.0, le=86400.0)
     """How long a rank waits for a peer that is silent before it gives up."""
-    comm: Literal["auto", "allreduce", "bf16", "powersgd", "local-sgd"] = "auto"
-    """How gradients are combined: `allreduce` as they are (float32), rounded to `bf16` (half the bytes), `powersgd`
-    in low rank (a fiftieth), `local-sgd` not at all, but the weights now and then. `auto` times the wire
+    comm: Literal["auto", "allreduce", "bf16", "int8", "powersgd", "local-sgd"] = "auto"
+    """How gradients are combined: `allreduce` as they are (float32), rounded to `bf16` (half the bytes) or to `int8`
+    with error feedback (a quarter), `powersgd` in low rank (a fiftieth), `local-sgd` not at all, but the weights now
+    and then. `auto` times the wire
     and a step when the ranks meet, and takes the most exact one that keeps the wire from being the limit; never
     `powersgd`, which costs accuracy."""
     powersgd_rank: int = Field(4, ge=1, le=64)

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from k8scifar.config.schema import Config
 from k8scifar.ranks.agree import gather
 from k8scifar.ranks.device import autocast
-from k8scifar.ranks.exchange import SharesWork
+from k8scifar.ranks.exchange import AllReduce, SharesWork
 from k8scifar.ranks.modes import KINDS
 from k8scifar.ranks.shares import Speeds, duration
 from k8scifar.ranks.world import World
@@ -46,10 +46,9 @@ class Choice:
 class Times:
     """Seconds, of the slowest rank."""
 
-    gradients: float  # an all-reduce of all gradients, float32
-    rounded: float  # the same in bfloat16, rounding and return included
+    movement: float  # an all-reduce of as many numbers as there are weights, bfloat16, rounding and return included
     compute: float  # forward and backward of a step with equal shares, nothing sent
-    exposed: float  # what the float32 all-reduce, bucket by bucket beside the backward pass, adds to that
+    exposed: dict[str, float]  # by mode: what exchanging the gradients and dividing Muon's directions add to that
     updates: float = 0.0  # Muon's directions of all weights, on one rank
     divided: float | None = None  # as `compute`, the shares as the ranks' speeds would have them; None: equal
 
@@ -73,37 +72,30 @@ def choose(
     if world.local_size == world.size:
         return Choice("allreduce", every), "all ranks are on one machine"
     times = measure()
-    steps = predict(times, every, world.size)
+    steps = predict(times, every)
     if config.micro_batches % world.size:  # local SGD needs equal shares
         steps = {choice: seconds for choice, seconds in steps.items() if choice.mode != "local-sgd"}
     index = torch.tensor([list(steps).index(best(steps))])
     dist.broadcast(index, 0, group=world.host_group)
-    told = ", ".join(f"{choice} {seconds:.2f}" for choice, seconds in steps.items())
+    told = ", ".join(f"{choice} {seconds:.3f}" for choice, seconds in steps.items())
     told_updates = f", Muon's directions {times.updates:.2f} s" if times.updates else ""
     why = (
-        f"an all-reduce of the gradients ({4e-6 * parameters:.1f} MB) takes {times.gradients:.2f} s, rounded "
-        f"{times.rounded:.2f} s; forward and backward take {times.compute:.2f} s, with the all-reduce beside them "
-        f"{times.compute + times.exposed:.2f} s{told_updates}; predicted seconds a step: {told}"
+        f"an all-reduce in bfloat16 ({2e-6 * parameters:.1f} MB) takes {times.movement:.2f} s, forward and backward "
+        f"{times.compute:.2f} s{told_updates}; predicted seconds a step: {told}"
     )
     return list(steps)[index.item()], why
 
 
-def predict(times: Times, every: int, ranks: int) -> dict[Choice, float]:
+def predict(times: Times, every: int) -> dict[Choice, float]:
     """Seconds a step of each choice, SGD left out; not in powersgd, which costs accuracy: a user's choice.
 
     `every`: fewest steps between two averagings of local SGD.
     """
-    hidden = max(times.gradients - times.exposed, 0.0)
-    share = min(times.exposed / times.gradients, 1.0)  # what is not hidden: where cores are few, gloo's own work
-    rounded = max(times.rounded - hidden, share * times.rounded)
-    # Muon's directions are divided among the ranks and exchanged in 16 bits; under local SGD each rank has its own.
-    divided = times.updates / ranks + (times.rounded if times.updates else 0.0)
-    seconds = {Choice("allreduce", every): times.exposed + divided, Choice("bf16", every): rounded + divided}
     compute = times.compute if times.divided is None else times.divided
-    seconds = {choice: compute + extra for choice, extra in seconds.items()}
-    for stretch in STRETCH:
+    seconds = {Choice(mode, every): compute + extra for mode, extra in times.exposed.items()}
+    for stretch in STRETCH:  # here each rank has all of Muon's directions, and an equal share
         period = stretch * every
-        seconds[Choice("local-sgd", period)] = times.compute + (times.updates + times.rounded / period)
+        seconds[Choice("local-sgd", period)] = times.compute + times.updates + times.movement / period
     return seconds
 
 
@@ -124,6 +116,7 @@ class Trial:
     following: Callable[[], contextlib.AbstractContextManager[None]]  # is put around the forward pass
     precision: str
     world: World
+    config: Config
 
     def step(self, net: nn.Module) -> None:
         """Forward and backward."""
@@ -163,25 +156,35 @@ def measure(trial: Trial, speeds: Speeds, counts: list[int]) -> Times:
         counts: the ranks' micro-batches, in the division that there would be.
     """
     ddp, world, compute = trial.ddp, trial.world, max(speeds.micro_batch)
-    one_pass = trial.together * compute
+    exposed, one_pass = {}, trial.together * compute
     with trial.undone():
-        beside = _repeated(lambda: trial.step(ddp), world, one_pass)
+        for mode in tried(trial.precision):
+            exchange = KINDS[mode](trial.config, world, ddp, trial.optimizer)
+
+            def step(exchange: AllReduce = exchange) -> None:
+                trial.step(exchange.model)
+                exchange.rehearse()
+
+            exposed[mode] = max(_repeated(step, world, one_pass) - one_pass, 0.0)
     flat = torch.zeros(sum(parameter.numel() for parameter in ddp.parameters()), device=world.device)
 
-    def rounded() -> None:
+    def movement() -> None:
         small = flat.bfloat16()
         dist.all_reduce(small)
         flat.copy_(small)
 
-    gradients = _repeated(lambda: dist.all_reduce(flat), world)
     return Times(
-        gradients,
-        _repeated(rounded, world),
+        _repeated(movement, world),
         sum(counts) / len(counts) * compute,
-        max(beside - one_pass, 0.0),
+        exposed,
         max(speeds.updates),
         duration(counts, speeds.micro_batch),
     )
+
+
+def tried(precision: str) -> list[str]:
+    """The modes that `auto` times, the most exact first; in fp16 an overflow would spoil what int8 carries along."""
+    return ["allreduce", "bf16", *["int8"] * (precision != "fp16")]
 
 
 def _repeated(work: Callable[[], Any], world: World, known: float = 0.0) -> float:

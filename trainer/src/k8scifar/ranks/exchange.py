@@ -17,26 +17,44 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config.schema import Config
+from k8scifar.ranks import wire
 from k8scifar.ranks.agree import average, gather, unflatten
-from k8scifar.ranks.world import World
+from k8scifar.ranks.owners import Formats, Owners, divide, move, rows
+from k8scifar.ranks.world import World, keeps
+
+LARGE = 2**14  # numbers in a matrix that is worth rounding
 
 
 @runtime_checkable
 class SharesWork(Protocol):
-    """An optimiser whose work on the matrices can be divided among the ranks (Muon)."""
+    """An optimiser that steps some matrices in directions, whose computation can be divided among the ranks (Muon)."""
 
-    def share(self, rank: int, speeds: Sequence[float], add: Callable[[torch.Tensor], None]) -> None: ...
+    @property
+    def hidden(self) -> list[nn.Parameter]: ...
+
+    def cost(self, parameter: nn.Parameter) -> float: ...
+
+    def direction(self, parameter: nn.Parameter, rehearsal: bool = False) -> torch.Tensor: ...
+
+    def share(self, direct: Callable[[], None] | None) -> None: ...
 
     def rehearse(self) -> None: ...
 
 
 class AllReduce:
-    """The mean of the float32 gradients, bucket by bucket while the backward pass still runs: DDP's own way."""
+    """The mean of the float32 gradients, bucket by bucket while the backward pass still runs.
+
+    Where the optimiser shares its work, each matrix has an owner, which alone has its momentum and computes its
+    direction. Between machines the gradients go to their owners only; on one machine, on GPUs and for other optimisers
+    DDP adds them up in its own way.
+    """
 
     name = "allreduce"
     equal = True  # whether all ranks hold equal weights now
-    equal_steps = True  # whether all ranks take equal steps, and so hold equal momenta
-    shares_updates = True  # whether the ranks may divide the optimiser's work: two more bytes a weight and step
+    equal_steps = True  # whether all ranks take equal steps, and so hold equal momenta but for those of `owned`
+    shares_updates = True  # whether the ranks may divide the optimiser's work
+    there: wire.Float32 = wire.Float32()  # how gradients travel to their owners, where they do
+    back: wire.Float32 = wire.BFloat16()  # how directions come back
 
     def __init__(
         self,
@@ -47,13 +65,78 @@ class AllReduce:
     ) -> None:
         self._world, self._ddp, self._optimizer = world, ddp, optimizer
         self.mark: Callable[[str], None] = lambda part: None  # of the step's clock
+        self.at_once = False  # whether the gradients must be whole after the backward pass, not when they are needed
         self._parameters = [parameter for parameter in ddp.parameters() if parameter.requires_grad]
+        self._directs = isinstance(optimizer, SharesWork) and self.shares_updates and world.size > 1
+        self._matrices: list[nn.Parameter] = self._owned_matrices() if world.size > 1 else []
+        self._formats = Formats(self.there, self.back, self._zeros(self.there), self._zeros(self.back))
+        self._owners: Owners | None = None
+        self._begun = False  # whether there is anything that a change of owners has to move
         self.divide_updates([1.0] * world.size)
+        if isinstance(optimizer, SharesWork):
+            optimizer.share(self._direct if self._directs else None)
+        hook = self._hook()
+        if hook or hasattr(ddp, "bucket_hooks"):
+            _listen(ddp, hook or self._reduce)
+
+    def _owned_matrices(self) -> list[nn.Parameter]:
+        """The matrices that have owners."""
+        return self._optimizer.hidden if self._directs else []
+
+    def _zeros(self, form: wire.Float32) -> dict[nn.Parameter, torch.Tensor]:
+        """What a format that rounds has left over at the start, bfloat16 [out, n] of each matrix."""
+        if not form.rounds:
+            return {}
+        kind: Any = {"dtype": torch.bfloat16, "device": self._world.device}
+        return {parameter: torch.zeros(rows(parameter).shape, **kind) for parameter in self._matrices}
+
+    def _hook(self) -> Callable[..., torch.futures.Future[torch.Tensor]] | None:
+        """What is called with each bucket of gradients; None: DDP's own all-reduce."""
+        apart = self._world.local_size < self._world.size and self._world.device.type == "cpu"
+        return self._send if self._matrices and apart else None
+
+    def _send(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        return self._owners.send(_, bucket)
+
+    def _reduce(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        buffer = bucket.buffer()
+        rounded = (buffer / self._world.size).to(self.there.dtype)
+        sent = dist.all_reduce(rounded, async_op=True).get_future()
+        return sent.then(lambda done: buffer.copy_(done.value()[0]))
+
+    @property
+    def owned(self) -> set[nn.Parameter]:
+        """The parameters whose momentum their owner alone has."""
+        return set(self._matrices) if self._directs else set()
 
     def divide_updates(self, speeds: Sequence[float]) -> None:
-        """Divide the optimiser's work among the ranks by these speeds, where that is of this mode."""
-        if self.shares_updates and isinstance(self._optimizer, SharesWork):
-            self._optimizer.share(self._world.rank, speeds, self._add)
+        """Divide the matrices among the ranks by these speeds; collective, at the beginning or an epoch's end."""
+        if not self._matrices:
+            return
+        costs = [
+            self._optimizer.cost(parameter) if self._directs else parameter.numel() for parameter in self._matrices
+        ]
+        owners = divide(costs, [parameter.numel() for parameter in self._matrices], speeds)
+        if self._begun:
+            self._move([{owner} for owner in owners])
+        mark = lambda part: self.mark(part)  # noqa: E731 - it is set later
+        self._owners = Owners(self._world, self._matrices, costs, owners, self._formats, mark)
+
+    def _move(self, targets: list[set[int]]) -> None:
+        """Copy what the owner of each matrix alone has to these ranks; collective."""
+        held: list[tuple[torch.Tensor, int, set[int]]] = []
+        for parameter, target in zip(self._matrices, targets, strict=True):
+            momentum = self._optimizer.state.get(parameter, {}).get("momentum_buffer") if self._directs else None
+            for tensor in (momentum, self._formats.rest_back.get(parameter)):
+                if tensor is not None:
+                    held.append((tensor, self._owners.owner[parameter], target))
+        if held:
+            move(self._world, *map(list, zip(*held, strict=True)))
+
+    def _direct(self) -> None:
+        """Leave each matrix's direction in its gradient; collective."""
+        self._begun = True
+        self._owners.spread(self._optimizer.direction)
 
     @property
     def model(self) -> nn.Module:
@@ -66,13 +149,38 @@ class AllReduce:
         return self.name
 
     def after_backward(self) -> None:
-        """Finish the exchange of a step's gradients; collective."""
+        """Finish the exchange of a step's gradients, but for what is waited for when it is needed; collective.
+
+        Of a matrix that has an owner the owner alone has the mean.
+        """
+        if self.at_once:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until the mean gradients are where they belong; collective."""
+        if self._owners:
+            self._owners.settle()
+
+    def owner(self, parameter: nn.Parameter) -> int | None:
+        """The rank that owns a matrix; None where all ranks are alike."""
+        return self._owners.owner.get(parameter) if self._owners else None
+
+    def rehearse(self) -> None:
+        """What follows the backward pass up to the optimiser's step, for its time alone; collective.
+
+        Leaves other gradients and remainders.
+        """
+        self.after_backward()
+        if self._directs:
+            self._owners.spread(lambda parameter: self._optimizer.direction(parameter, rehearsal=True))
 
     def after_step(self, steps_in_epoch: int, epoch_ends: bool) -> None:
         """Called when `steps_in_epoch` optimiser steps of the epoch are done; collective."""
 
     def snapshot(self) -> dict[str, Any]:
         """What a resumed run needs, on the CPU; collective, and whole on the ranks that keep checkpoints only."""
+        if self._begun and self._matrices:
+            self._move([{rank for rank in range(self._world.size) if keeps(self._world, rank)}] * len(self._matrices))
         own = self._own()
         rows = _collect(torch.cat([tensor.detach().flatten() for tensor in own]).cpu(), self._world) if own else None
         return {"mode": self.name, "shared": [tensor.cpu().clone() for tensor in self._shared()], "own": rows}
@@ -95,6 +203,7 @@ class AllReduce:
 
         After a change of the world size each rank takes the mean of the former ranks' rows.
         """
+        self._begun = True
         shared, own, rows = self._shared(), self._own(), saved["own"]
         width = sum(tensor.numel() for tensor in own)
         same = [tensor.shape for tensor in shared] == [tensor.shape for tensor in saved["shared"]]
@@ -107,13 +216,6 @@ class AllReduce:
             unflatten(row, own)
         return True
 
-    def _add(self, updates: torch.Tensor) -> None:
-        """Replace the optimiser's updates by their sum over the ranks; collective."""
-        self.mark("communication")
-        self._world.pulse.arrive()
-        dist.all_reduce(updates)
-        self.mark("updates")
-
     def _average_weights(self) -> None:
         """Replace the weights by their mean over the ranks, float32; collective."""
         average(self._parameters, self._world, torch.float32)
@@ -123,24 +225,61 @@ class AllReduce:
         return []
 
     def _own(self) -> list[torch.Tensor]:
-        """What is carried from step to step, and each rank's own; float32."""
+        """What is carried from step to step, and each rank's own; all of one type."""
         return []
 
 
 class BFloat16(AllReduce):
-    """All-reduce of gradients rounded to bfloat16 (float32's range, 8 bits of precision): half the bytes."""
+    """Gradients rounded to bfloat16 (float32's range, 8 bits of precision): half the bytes."""
 
     name = "bf16"
+    there = wire.BFloat16()
 
-    def __init__(self, *parts: Any) -> None:
-        super().__init__(*parts)
-        self._ddp.register_comm_hook(None, self._send)
+    def _hook(self) -> Callable[..., torch.futures.Future[torch.Tensor]]:
+        return super()._hook() or self._reduce
 
-    def _send(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        buffer = bucket.buffer()
-        rounded = (buffer / self._world.size).bfloat16()
-        sent = dist.all_reduce(rounded, async_op=True).get_future()
-        return sent.then(lambda done: buffer.copy_(done.value()[0]))
+
+class Int8(AllReduce):
+    """Large matrices as bytes with a scale a row, to their owners and back; what is rounded off is made good for later.
+
+    Each rank adds what it rounded off a gradient to the next one, and an owner what it rounded off a result (Muon's
+    direction, or the mean gradient) to the next. All that is not a large matrix is exact.
+    """
+
+    name = "int8"
+    there = back = wire.Int8()
+
+    def _owned_matrices(self) -> list[nn.Parameter]:
+        large = [parameter for parameter in self._parameters if parameter.ndim > 1 and parameter.numel() >= LARGE]
+        return self._optimizer.hidden if self._directs else large
+
+    def _hook(self) -> Callable[..., torch.futures.Future[torch.Tensor]]:
+        return self._send
+
+    def after_backward(self) -> None:
+        if self._directs:
+            super().after_backward()
+        else:
+            self._begun = True
+            self._owners.spread(lambda parameter: parameter.grad.movedim(1, -1).flatten(1))
+
+    def _shared(self) -> list[torch.Tensor]:
+        return list(self._formats.rest_back.values())
+
+    def _own(self) -> list[torch.Tensor]:
+        return list(self._formats.rest_there.values())
+
+
+def _listen(ddp: DistributedDataParallel, hook: Callable[..., torch.futures.Future[torch.Tensor]]) -> None:
+    """Have `hook` called with each bucket, in place of one before: DDP itself takes a hook once and for all."""
+    if not hasattr(ddp, "bucket_hooks"):
+        ddp.bucket_hooks = []
+
+        def call(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            return ddp.bucket_hooks[-1](_, bucket)
+
+        ddp.register_comm_hook(None, call)
+    ddp.bucket_hooks[:] = [hook]
 
 
 def _collect(row: torch.Tensor, world: World) -> torch.Tensor:

@@ -49,7 +49,7 @@ class World:
     @property
     def keeps(self) -> bool:
         """Whether this rank writes a run folder: rank 0, and the first of each node that has folders of its own."""
-        return self.is_main or (self.own_folders and self.local_rank == 0)
+        return keeps(self, self.rank)
 
 
 @contextlib.contextmanager
@@ -101,6 +101,11 @@ def join(config: Config) -> Iterator[World]:
         _part()
     finally:
         pulse.stop()
+
+
+def keeps(world: World, rank: int) -> bool:
+    """Whether this rank writes a run folder; torchrun numbers the ranks machine by machine, as many on each."""
+    return rank == 0 or (world.own_folders and rank % world.local_size == 0)
 
 
 def _part() -> None:

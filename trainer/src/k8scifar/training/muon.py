@@ -11,7 +11,7 @@ use in a model like this, Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # of the first source: p(x) = a x + b x^3 +
 class Muon(torch.optim.SGD):
     """SGD, and Muon in the groups that have `muon` set; updates are rounded to bfloat16.
 
-    Where all ranks hold equal gradients, `share` divides the matrices among them. Each direction then comes from one
-    rank alone, so the replicas stay bit-identical on unlike processors, too.
+    `share` divides the directions among the ranks. Each then comes from one rank alone, which alone has its momentum,
+    so the replicas stay bit-identical on unlike processors, too.
 
     Args:
         iterations: of the polynomial.
@@ -35,14 +35,12 @@ class Muon(torch.optim.SGD):
         self._momentum, self._nesterov, self._iterations = settings["momentum"], settings["nesterov"], iterations
         plain = {"momentum": 0.0, "nesterov": False}  # SGD's part in a group of Muon
         super().__init__([group | plain if group.get("muon") else group for group in groups], **settings)
-        self.share(0, [1.0], lambda flat: None)
+        self._direct: Callable[[], None] | None = None
 
-    def share(self, rank: int, speeds: Sequence[float], add: Callable[[torch.Tensor], None]) -> None:
-        """From now on this rank computes its part of the directions; `add` sums a tensor over the ranks in place.
-
-        `speeds`: of all ranks, in any unit.
-        """
-        self._rank, self._add, self._owners = rank, add, divide(self.hidden, self._iterations, speeds)
+    def share(self, direct: Callable[[], None] | None) -> None:
+        """From now on a step calls `direct` for the directions: it is to leave each, as `direction` gives it on one of
+        the ranks, in the gradient of each parameter of `hidden`. None: this process computes all of them."""
+        self._direct = direct
 
     @property
     def hidden(self) -> list[nn.Parameter]:
@@ -59,31 +57,39 @@ class Muon(torch.optim.SGD):
         for parameter in self.hidden:
             orthogonal(matrix(parameter), self._iterations)
 
+    def cost(self, parameter: nn.Parameter) -> float:
+        """Floating point operations of a direction."""
+        return flops(parameter, self._iterations)
+
+    @torch.no_grad()
+    def direction(self, parameter: nn.Parameter, rehearsal: bool = False) -> torch.Tensor:
+        """Add the gradient to the momentum; the direction that this gives, float32 [out, in x height x width].
+
+        In a rehearsal, of the gradient alone: the momentum stays as it is.
+        """
+        gradient = parameter.grad
+        if rehearsal:
+            return orthogonal(matrix(gradient), self._iterations)
+        momentum = self.state[parameter]["momentum_buffer"]
+        momentum.mul_(self._momentum).add_(gradient)
+        wanted = gradient.add(momentum, alpha=self._momentum) if self._nesterov else momentum
+        return orthogonal(matrix(wanted), self._iterations)
+
     @torch.no_grad()
     def step(self) -> None:
         """One step; collective once the matrices are shared. The groups of Muon are left with other gradients."""
-        self._direct(self.hidden)
-        super().step()
-
-    def _direct(self, parameters: list[nn.Parameter]) -> None:
-        """Put the directions in place of the gradients, and the weights at their norm."""
-        gradients = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
+        for parameter in self.hidden:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_mul_(momenta, self._momentum)
-        torch._foreach_add_(momenta, gradients)
-        flat = torch.zeros(sum(map(torch.numel, parameters)), dtype=torch.bfloat16, device=parameters[0].device)
-        pieces = flat.split([parameter.numel() for parameter in parameters])
-        for gradient, momentum, owner, piece in zip(gradients, momenta, self._owners, pieces, strict=True):
-            if owner == self._rank:
-                wanted = gradient.add(momentum, alpha=self._momentum) if self._nesterov else momentum
-                piece.copy_(orthogonal(matrix(wanted), self._iterations).flatten())
-        self._add(flat)
-        for parameter, gradient, piece in zip(parameters, gradients, pieces, strict=True):
-            gradient.copy_(piece.view_as(parameter.movedim(1, -1)).movedim(-1, 1))
+        if self._direct:
+            self._direct()
+        else:
+            for parameter in self.hidden:
+                direction = self.direction(parameter).bfloat16()
+                parameter.grad.copy_(direction.view_as(parameter.movedim(1, -1)).movedim(-1, 1))
+        for parameter in self.hidden:
             parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+        super().step()
 
 
 def matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -110,17 +116,6 @@ def orthogonal(gradient: torch.Tensor, iterations: int) -> torch.Tensor:
             square = factor @ square @ factor
     out = (product @ wide) * max(1.0, rows / columns) ** 0.5
     return out if rows <= columns else out.T
-
-
-def divide(parameters: list[nn.Parameter], iterations: int, speeds: Sequence[float]) -> list[int]:
-    """The rank that computes each convolution's direction: the dearest first, each to the one that is soonest done."""
-    busy, owners = [0.0] * len(speeds), [0] * len(parameters)
-    costs = [flops(parameter, iterations) for parameter in parameters]
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        done = [(so_far + costs[index]) / speed for so_far, speed in zip(busy, speeds, strict=True)]
-        owners[index] = done.index(min(done))
-        busy[owners[index]] += costs[index]
-    return owners
 
 
 def flops(weight: torch.Tensor, iterations: int) -> int:

@@ -98,6 +98,7 @@ class State:
             self.exchange = LocalSGD(*parts, every=every)
         else:
             self.exchange = KINDS[mode](*parts)
+        self.exchange.at_once = self.scaler.is_enabled()  # which looks for an overflow in all gradients
 
     def take_shares(self, shares: Shares) -> None:
         """Divide the work so from now on: before `restore`, or when the ranks' statistics are equal."""
@@ -127,13 +128,18 @@ class State:
         return torch.stack(sums).sum().view(1).cpu()
 
     def shared(self) -> list[torch.Tensor]:
-        """What all ranks hold alike now: the weights and, where the ranks take equal steps, their momentum; float32."""
+        """What all ranks hold alike now: the weights and, where the ranks take equal steps, the momenta; float32.
+
+        Not the momenta that their owner alone has.
+        """
         if not self.exchange.equal:
             return []
         weights = [weight.detach() for weight in self.net.parameters()]
         if not self.exchange.equal_steps:
             return weights
-        momenta = [self.optimizer.state.get(weight, {}).get("momentum_buffer") for weight in self.net.parameters()]
+        owned = self.exchange.owned
+        alike = [weight for weight in self.net.parameters() if weight not in owned]
+        momenta = [self.optimizer.state.get(weight, {}).get("momentum_buffer") for weight in alike]
         return weights + [momentum for momentum in momenta if momentum is not None]
 
     def digest(self) -> torch.Tensor:

@@ -42,7 +42,7 @@ def settle(
         return inputs, images.labels[samples]
 
     following = functools.partial(state.statistics.following, 0, together, together)
-    trial = choice.Trial(state.ddp, state.optimizer, batch, together, following, precision, world)
+    trial = choice.Trial(state.ddp, state.optimizer, batch, together, following, precision, world, config)
     speeds = functools.cache(lambda: choice.alone(trial, pixels))
 
     def wire() -> choice.Times:
