@@ -11,7 +11,7 @@ from harness import Options, call, sets, torchrun
 TITLE = "Accuracy under each mode of communication"
 COMMAND = "make bench ROWS=modes"
 # With the steps between two averagings of local SGD, of which `auto` takes up to four times as many.
-MODES = (("allreduce", 8), ("bf16", 8), ("powersgd", 8), ("local-sgd", 8), ("local-sgd", 32))
+MODES = (("allreduce", 8), ("bf16", 8), ("local-sgd", 8), ("local-sgd", 32))
 
 
 def measure(options: Options) -> dict:

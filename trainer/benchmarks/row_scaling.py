@@ -16,7 +16,7 @@ from harness import HERE, PYTHON, CannotRun, Options, free_port, sets, spread, s
 
 TITLE = "Scaling efficiency, two hosts of one core each"
 COMMAND = "make bench ROWS=scaling (root)"
-MODES = ("allreduce", "bf16", "powersgd", "local-sgd", "auto")
+MODES = ("allreduce", "bf16", "local-sgd", "auto")
 RATES = {"": ("allreduce", "auto"), "1gbit": MODES, "100mbit": MODES}
 CORES = {"bench-0": 0, "bench-1": 1}  # host -> the core it is
 AIMS = {"1gbit": "0.95 (auto)", "100mbit": "0.85 (auto)"}

@@ -51,7 +51,7 @@ def test_a_broken_transfer_goes_on_and_both_keep_the_same_bytes_or_say_so(nodes,
     codes, said = nodes(
         ("broken", "piece", SHORT),
         ("local-sgd", "", [*WITHIN, "distributed.comm=local-sgd"]),
-        ("odd", "bit", [*WITHIN, "distributed.comm=powersgd"]),
+        ("odd", "bit", [*WITHIN, "distributed.comm=bf16"]),
     )
     assert codes == [[5, 0, 0], [1, 0, 0]], said
     assert "could not be written (No space left on device)" in said

@@ -25,7 +25,7 @@ IDENTITY = (
     "seed", "epochs", "global_batch", "micro_batch", "last_batch", "label_smoothing", "resolution",
     "model", "optimizer", "schedule", "augment", "distributed",
 )  # fmt: skip
-IDENTITY_DISTRIBUTED = ("comm", "powersgd_rank", "local_sgd_steps")  # of `distributed`, these only
+IDENTITY_DISTRIBUTED = ("comm", "local_sgd_steps")  # of `distributed`, these only
 COMM = "distributed.comm"
 # Of those, the keys without which a checkpoint makes no sense at all.
 FIXED = ("seed", "global_batch", "last_batch", "model")
@@ -160,13 +160,10 @@ class Distributed(_Section):
     """Network interface of the collectives, e.g. eth0; empty: the one that this host's name resolves to."""
     timeout_seconds: float = Field(60.0, ge=5.0, le=86400.0)
     """How long a rank waits for a peer that is silent before it gives up."""
-    comm: Literal["auto", "allreduce", "bf16", "powersgd", "local-sgd"] = "auto"
-    """How gradients are combined: `allreduce` as they are (float32), rounded to `bf16` (half the bytes), `powersgd`
-    in low rank (a fiftieth), `local-sgd` not at all, but the weights now and then. `auto` times the wire
-    and a step when the ranks meet, and takes the most exact one that keeps the wire from being the limit; never
-    `powersgd`, which costs accuracy."""
-    powersgd_rank: int = Field(4, ge=1, le=64)
-    """Rank of PowerSGD's matrices: more is more exact, and more bytes."""
+    comm: Literal["auto", "allreduce", "bf16", "local-sgd"] = "auto"
+    """How gradients are combined: `allreduce` as they are (float32), rounded to `bf16` (half the bytes), `local-sgd`
+    not at all, but the weights now and then. `auto` times the wire and a step when the ranks meet, and takes the most
+    exact one that keeps the wire from being the limit."""
     share: Literal["auto", "equal"] = "auto"
     """Who computes how much of a global batch: `equal`, as equal as whole micro-batches can be, or `auto`: on several
     machines by speed, measured when the ranks meet and followed from epoch to epoch. Local SGD takes equal shares."""

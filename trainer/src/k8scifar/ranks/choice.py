@@ -89,7 +89,7 @@ def choose(
 
 
 def predict(times: Times, every: int, ranks: int) -> dict[Choice, float]:
-    """Seconds a step of each choice, SGD left out; not in powersgd, which costs accuracy: a user's choice.
+    """Seconds a step of each choice, SGD left out.
 
     `every`: fewest steps between two averagings of local SGD.
     """

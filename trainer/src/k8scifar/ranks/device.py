@@ -109,13 +109,7 @@ def resolve_precision(config: Config, device: torch.device, group: object) -> Pr
     least, most = best.clone(), best.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    lossy = config.distributed.comm == "powersgd"
-    auto = {(BF16, BF16): "bf16", (FP16, FP16): "fp32" if lossy else "fp16"}.get((least.item(), most.item()), "fp32")
-    if wanted == "fp16" and lossy:
-        raise UserError(
-            "hardware.precision=fp16 does not go with distributed.comm=powersgd, whose remainders an overflow would "
-            "spoil; set hardware.precision=auto, or distributed.comm=bf16"
-        )
+    auto = {(BF16, BF16): "bf16", (FP16, FP16): "fp16"}.get((least.item(), most.item()), "fp32")
     if wanted == "auto":
         return Precision(auto)
     lacks = {"bf16": least.item() < BF16, "fp16": least.item() == NONE or most.item() == NONE}.get(wanted, False)
