@@ -76,8 +76,8 @@ def start(
         steps: how many; 0: this row's number.
         started: told the name of each host and its process.
     """
-    # One more step than there are between two averagings of local SGD, as many as `auto` may take.
-    batch, usual = (4, 5) if options.tiny else (125, 33 if mode in ("local-sgd", "auto") else 10)
+    # One more step than whole periods of local SGD, which are of 4, 6 or 8 steps.
+    batch, usual = (4, 5) if options.tiny else (125, 25 if mode in ("local-sgd", "auto") else 10)
     steps = steps or usual
     ranks = 2 if together else 1
     values = {"global_batch": ranks * batch, "micro_batch": batch} | (values or {})

@@ -19,6 +19,9 @@ from k8scifar.config import loading
 from k8scifar.errors import UserError
 from k8scifar.ranks import choice
 from k8scifar.ranks.choice import Choice, Times
+from k8scifar.ranks.local_sgd import BLOCK, mean_in_bytes
+from k8scifar.ranks.pulse import Pulse
+from k8scifar.ranks.world import World
 from k8scifar.training import checkpoint
 from k8scifar.training.state import check_resumable
 
@@ -69,7 +72,7 @@ def trained(tmp_path_factory, tiny_data):
         sets += ["checkpoint.every_steps=5", "log.tensorboard=false"]
         trainings.append({"name": f"{mode}-resumed", "sets": sets, "cut": mode})
     sets = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "log.tensorboard=false"]
-    few = [*sets, "distributed.local_sgd_steps=1", "optimizer.name=muon"]  # `auto` makes it 4
+    few = [*sets, "distributed.local_sgd_steps=4", "optimizer.name=muon"]
     shared = [*sets, "optimizer.name=muon", f"checkpoint.every_steps={CUT_AT}"]
     trainings += [
         {"name": "auto", "sets": [*few, f"checkpoint.every_steps={CUT_AT}"], "slow": True},
@@ -101,7 +104,8 @@ def test_muon_resumes_bit_for_bit(trained):
 
 def test_choice_of_auto_is_kept_and_measuring_changes_nothing(trained):
     folder, said = trained
-    assert re.search(r"communication: local-sgd, averaged every 4 steps; an all-reduce .*predicted", said)
+    told = re.search(r"communication: local-sgd, averaged every 4 steps; an all-reduce .*predicted.*", said)
+    assert choice.COST in told[0], "what it costs"
     assert "communication: local-sgd, averaged every 4 steps; kept from the checkpoint" in said
     assert weights_hash(folder / "auto") == weights_hash(folder / "asked-for")
     assert weights_hash(folder / "auto-resumed") == weights_hash(folder / "asked-for")
@@ -162,15 +166,34 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(trained, tiny_data, tmp_path,
     [
         (Times(gradients=0.1, rounded=0.1, compute=1.0, exposed=0.04), Choice("allreduce", 8)),
         (Times(gradients=0.9, rounded=0.3, compute=1.0, exposed=0.1), Choice("bf16", 8)),
-        (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.9), Choice("local-sgd", 8)),
-        (Times(gradients=4.0, rounded=2.0, compute=1.0, exposed=3.8), Choice("local-sgd", 32)),
-        (Times(gradients=40.0, rounded=20.0, compute=1.0, exposed=39.0), Choice("local-sgd", 32)),
+        (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.9), Choice("local-sgd", 4)),
+        (Times(gradients=4.0, rounded=2.0, compute=1.0, exposed=3.8), Choice("local-sgd", 6)),
+        (Times(gradients=40.0, rounded=20.0, compute=1.0, exposed=39.0), Choice("local-sgd", 8)),
         (Times(gradients=0.02, rounded=0.02, compute=1.0, exposed=0.02, updates=0.4), Choice("allreduce", 8)),
-        (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.2, updates=0.4), Choice("local-sgd", 8)),
+        (Times(gradients=0.9, rounded=0.45, compute=1.0, exposed=0.2, updates=0.4), Choice("local-sgd", 4)),
     ],
 )
 def test_auto_takes_the_most_exact_way_that_the_wire_can_bear(times, best):
     assert choice.best(choice.predict(times, 8, ranks=2)) == best
+
+
+def test_mean_in_bytes_is_close_keeps_zeros_and_hides_nothing():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        world = World(0, 1, 0, 1, torch.device("cpu"), "gloo", None, Pulse(0, 1), 60.0)
+        values = torch.randn(3 * BLOCK - 7)
+        values[BLOCK : 2 * BLOCK] *= 1e-6  # a block of its own scale
+        values[0] = 0.0
+        found = mean_in_bytes(values, world)
+        for piece, got in zip(values.split(BLOCK), found.split(BLOCK), strict=True):
+            assert (got - piece).abs().max() <= 0.501 * piece.abs().max() / 127
+        assert found[0] == 0.0
+        assert not mean_in_bytes(torch.zeros(5), world).any()
+        for odd in (torch.nan, torch.inf):
+            values[-1] = odd
+            assert mean_in_bytes(values, world).isnan().tolist() == [False] * 2 * BLOCK + [True] * (BLOCK - 7)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Manifest:

@@ -168,7 +168,7 @@ class Distributed(_Section):
     """Who computes how much of a global batch: `equal`, as equal as whole micro-batches can be, or `auto`: on several
     machines by speed, measured when the ranks meet and followed from epoch to epoch. Local SGD takes equal shares."""
     local_sgd_steps: int = Field(8, ge=1, le=10000)
-    """Steps between two averagings of local SGD; on a very slow wire `auto` takes up to four times as many."""
+    """Steps between two averagings of local SGD; `auto` takes from half as many up to as many, as the wire asks."""
     storage: Literal["shared", "local"] = "shared"
     """`shared`: all machines see one data folder and one runs folder; `local`: each machine has its own: node 0 gives
     the others the data set, and the first rank of each node keeps the checkpoints."""
