@@ -17,7 +17,7 @@ from harness import HERE, PYTHON, CannotRun, Options, free_port, sets, spread, s
 
 TITLE = "Scaling efficiency, two hosts of one core each"
 COMMAND = "make bench ROWS=scaling (root)"
-MODES = ("allreduce", "bf16", "int8", "powersgd", "local-sgd", "auto")
+MODES = ("allreduce", "bf16", "int8", "local-sgd", "auto")
 REPEATS = 3
 RATES = {"": ("allreduce", "auto"), "1gbit": MODES, "100mbit": MODES}
 CORES = {"bench-0": 0, "bench-1": 1}  # host -> the core it is
@@ -92,8 +92,8 @@ def start(
         steps: how many; 0: this row's number.
         started: told the name of each host and its process.
     """
-    # One more step than there are between two averagings of local SGD, as many as `auto` may take.
-    batch, usual = (4, 5) if options.tiny else (125, 33 if mode in ("local-sgd", "auto") else 10)
+    # One more step than whole periods of local SGD, which are of 4, 6 or 8 steps.
+    batch, usual = (4, 5) if options.tiny else (125, 25 if mode in ("local-sgd", "auto") else 10)
     steps = steps or usual
     ranks = 2 if together else 1
     values = {"global_batch": ranks * batch, "micro_batch": batch} | (values or {})

@@ -24,7 +24,7 @@ def leaves(node: dict[str, Any], path: str = "") -> Iterator[str]:
 
 # Another value for each that has no obvious one.
 OTHER = {
-    "train.distributed.comm": "powersgd",
+    "train.distributed.comm": "bf16",
     "nodes": 1,
     "train.recipe": "best",
     "image.digest": "sha256:" + "0" * 64,

@@ -112,8 +112,12 @@ def test_schema_is_closed_and_documents_every_field():
 
 def test_a_configuration_that_a_former_version_wrote_still_loads(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("recipe: demo\nema:\n  decay: 0.0\n")
-    assert loading.load(path).recipe == "demo"
-    path.write_text("recipe: demo\nema:\n  decay: 0.9\n")
-    with pytest.raises(UserError, match="ema is no longer there; leave it out"):
-        loading.load(path)
+    path.write_text("ema: {decay: 0.0}\ndistributed: {powersgd_rank: 4, comm: bf16}\n")
+    assert loading.load(path) == loading.load(sets=["distributed.comm=bf16"])
+    for key, value in (("ema", "{decay: 0.9}"), ("distributed.powersgd_rank", "8")):
+        section, _, name = key.partition(".")
+        path.write_text(f"{section}: {{{name}: {value}}}" if name else f"{section}: {value}")
+        with pytest.raises(UserError, match=f"{key} is no longer there; leave it out"):
+            loading.load(path)
+    with pytest.raises(UserError, match=r"distributed\.comm = 'powersgd': input should be 'auto', .* or 'local-sgd'"):
+        loading.load(sets=["distributed.comm=powersgd"])

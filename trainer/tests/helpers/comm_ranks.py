@@ -23,6 +23,7 @@ import torch
 
 from k8scifar.cli import main
 from k8scifar.ranks import choice, device
+from k8scifar.ranks.agree import average
 from k8scifar.ranks.device import Precision
 from k8scifar.ranks.local_sgd import LocalSGD
 from k8scifar.training import checkpoint, meter, session
@@ -49,10 +50,15 @@ def noted(method):
 
 
 def noted_when_averaged(method):
-    """`method` of LocalSGD, which also notes the weights afterwards."""
+    """`method` of LocalSGD, which also notes the weights afterwards, and holds them against the exact mean."""
 
     def wrapper(mode):
+        exact = [parameter.detach().clone() for parameter in mode._parameters]
+        moved = sum((weight - anchor).norm() ** 2 for weight, anchor in zip(exact, mode._anchors, strict=True)) ** 0.5
+        average(exact, mode._world)
         method(mode)
+        off = sum((weight - mean).norm() ** 2 for weight, mean in zip(mode._parameters, exact, strict=True)) ** 0.5
+        assert off < 0.02 * moved, f"{off} of {moved}"
         note(mode._parameters, "averaged within-an-epoch")
 
     return wrapper

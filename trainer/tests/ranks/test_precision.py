@@ -39,7 +39,6 @@ def resolved(monkeypatch, sets, here, other):
         (device.FP16, device.BF16, [], "fp32", ""),
         (device.FP16, device.NONE, [], "fp32", ""),
         (device.NONE, device.BF16, [], "fp32", ""),
-        (device.FP16, device.FP16, ["distributed.comm=powersgd"], "fp32", ""),
         (device.FP16, device.FP16, ["hardware.precision=bf16"], "bf16", "bf16 is only emulated .* takes fp16"),
         (device.BF16, device.NONE, ["hardware.precision=bf16"], "bf16", "bf16 is only emulated .* takes fp32"),
         (device.NONE, device.NONE, ["hardware.precision=fp16"], "fp16", "fp16 is only emulated .* takes fp32"),
@@ -56,10 +55,8 @@ def test_precision_that_all_ranks_have(here, other, sets, name, told, monkeypatc
 def test_fp16_is_refused_where_it_can_not_work(monkeypatch):
     with pytest.raises(UserError, match=r"needs a GPU.*set it to auto"):
         device.resolve_precision(loading.load(sets=["hardware.precision=fp16"]), CPU, None)
-    for mode in ("powersgd", "int8"):
-        with pytest.raises(UserError, match=rf"{mode}.*set hardware\.precision=auto"):
-            sets = ["hardware.precision=fp16", f"distributed.comm={mode}"]
-            resolved(monkeypatch, sets, device.FP16, device.FP16)
+    with pytest.raises(UserError, match=r"int8.*set hardware\.precision=auto"):
+        resolved(monkeypatch, ["hardware.precision=fp16", "distributed.comm=int8"], device.FP16, device.FP16)
 
 
 @pytest.mark.parametrize(

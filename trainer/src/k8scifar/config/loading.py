@@ -20,8 +20,8 @@ from pydantic import BaseModel, ValidationError
 from k8scifar.config.schema import DEFAULT_RECIPE, Config
 from k8scifar.errors import UserError
 
-# Sections that former versions had, with the value under which they did nothing: a config.yaml of theirs still loads.
-REMOVED = {"ema": {"decay": 0.0}}
+# Keys that former versions had, with the value under which they did nothing: a config.yaml of theirs still loads.
+REMOVED: dict[tuple[str, ...], Any] = {("ema",): {"decay": 0.0}, ("distributed", "powersgd_rank"): 4}
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
@@ -105,9 +105,15 @@ def validate(values: Mapping[str, Any]) -> Config:
 def _without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values without keys that only former versions had. Raises UserError where such a key asks for something."""
     kept = dict(values)
-    for section, idle in REMOVED.items():
-        if section in kept and kept.pop(section) not in (idle, {}, None):
-            raise UserError(f"configuration: {section} is no longer there; leave it out")
+    for (*sections, key), idle in REMOVED.items():
+        place = kept
+        for section in sections:
+            if not isinstance(place.get(section), Mapping):
+                break
+            place[section] = place = dict(place[section])
+        else:
+            if key in place and place.pop(key) not in (idle, {}, None):
+                raise UserError(f"configuration: {'.'.join([*sections, key])} is no longer there; leave it out")
     return kept
 
 

@@ -26,7 +26,7 @@ IDENTITY = (
     "model", "optimizer", "schedule", "augment", "data", "distributed",
 )  # fmt: skip
 # Of these sections, these keys only.
-IDENTITY_IN = {"data": ("holdout",), "distributed": ("comm", "powersgd_rank", "local_sgd_steps")}
+IDENTITY_IN = {"data": ("holdout",), "distributed": ("comm", "local_sgd_steps")}
 # Keys that a former release did not have, with the values by which it trained.
 ADDED = {"data.holdout": 0, "optimizer.norm_bias_lr": 1.0}
 COMM = "distributed.comm"
@@ -170,19 +170,15 @@ class Distributed(_Section):
     """Network interface of the collectives, e.g. eth0; empty: the one that this host's name resolves to."""
     timeout_seconds: float = Field(60.0, ge=5.0, le=86400.0)
     """How long a rank waits for a peer that is silent before it gives up."""
-    comm: Literal["auto", "allreduce", "bf16", "int8", "powersgd", "local-sgd"] = "auto"
+    comm: Literal["auto", "allreduce", "bf16", "int8", "local-sgd"] = "auto"
     """How gradients are combined: `allreduce` as they are (float32), rounded to `bf16` (half the bytes) or to `int8`
-    with error feedback (a quarter), `powersgd` in low rank (a fiftieth), `local-sgd` not at all, but the weights now
-    and then. `auto` times the wire
-    and a step when the ranks meet, and takes the most exact one that keeps the wire from being the limit; never
-    `powersgd`, which costs accuracy."""
-    powersgd_rank: int = Field(4, ge=1, le=64)
-    """Rank of PowerSGD's matrices: more is more exact, and more bytes."""
+    with error feedback (a quarter), `local-sgd` not at all, but the weights now and then. `auto` times the wire and a
+    step when the ranks meet, and takes the most exact one that keeps the wire from being the limit."""
     share: Literal["auto", "equal"] = "auto"
     """Who computes how much of a global batch: `equal`, as equal as whole micro-batches can be, or `auto`: on several
     machines by speed, measured when the ranks meet and followed from epoch to epoch. Local SGD takes equal shares."""
     local_sgd_steps: int = Field(8, ge=1, le=10000)
-    """Steps between two averagings of local SGD; on a very slow wire `auto` takes up to four times as many."""
+    """Steps between two averagings of local SGD; `auto` takes from half as many up to as many, as the wire asks."""
     storage: Literal["shared", "local"] = "shared"
     """`shared`: all machines see one data folder and one runs folder; `local`: each machine has its own: node 0 gives
     the others the data set, and the first rank of each node keeps the checkpoints."""

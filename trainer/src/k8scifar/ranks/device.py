@@ -110,7 +110,7 @@ def resolve_precision(config: Config, device: torch.device, group: object) -> Pr
     dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
     mode = config.distributed.comm
-    lossy = mode in ("powersgd", "int8")
+    lossy = mode == "int8"
     auto = {(BF16, BF16): "bf16", (FP16, FP16): "fp32" if lossy else "fp16"}.get((least.item(), most.item()), "fp32")
     if wanted == "fp16" and lossy:
         raise UserError(

@@ -4,6 +4,5 @@ from __future__ import annotations
 
 from k8scifar.ranks.exchange import AllReduce, BFloat16, Int8
 from k8scifar.ranks.local_sgd import LocalSGD
-from k8scifar.ranks.powersgd import PowerSGD
 
-KINDS = {kind.name: kind for kind in (AllReduce, BFloat16, Int8, PowerSGD, LocalSGD)}  # the most exact first
+KINDS = {kind.name: kind for kind in (AllReduce, BFloat16, Int8, LocalSGD)}  # the most exact first

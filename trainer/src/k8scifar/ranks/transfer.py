@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-PIECE = 1 << 20  # bytes: small enough to pass a slow wire within the shortest time-out
+PIECE = 1 << 18  # bytes
+AHEAD = 16  # pieces under way to all who take them: little enough to pass a slow wire within the shortest time-out
+WORD = 8  # pieces from one word of all ranks to the next; gloo has two such words under way at a time
 TELL = 10.0  # seconds between two lines about one file
 
 
@@ -56,7 +59,7 @@ def spread(offered: Sequence[File], folder: Path, wanted: Sequence[str], source:
     """Bring files from the folder of rank `source` into the folders of those that want them, in this order; collective.
 
     A file has its name only once it is whole and its sha256 is right; what a broken transfer left goes on where it
-    ended. All ranks take part in every piece, so that none waits long for another.
+    ended. All ranks follow every piece, so that none waits long for another.
 
     Args:
         offered: the same on all ranks.
@@ -80,23 +83,67 @@ def spread(offered: Sequence[File], folder: Path, wanted: Sequence[str], source:
 
 def _send(file: File, path: Path, takers: dict[int, int], part: _Part | None, source: int, world: World) -> None:
     """Send the rest of one file to each of `takers` (rank -> bytes that it has)."""
-    problem = ""
+    flight = _Flight(part, world, max(1, AHEAD // len(takers)))
     while pending := {rank: offset for rank, offset in takers.items() if offset < file.bytes}:
-        piece = torch.empty(0, dtype=torch.uint8)
+        works: list[tuple[dist.Work, torch.Tensor]] = []
         for rank, offset in pending.items():
             length = min(PIECE, file.bytes - offset)
             if world.rank == source:
-                piece, problem = _read(path, offset, length)
-                dist.send(piece, rank, group=world.host_group)
+                piece, why = _read(path, offset, length)
+                flight.problem = flight.problem or why
+                works.append((dist.isend(piece, rank, group=world.host_group), piece))
             elif world.rank == rank:
                 piece = torch.empty(length, dtype=torch.uint8)
-                dist.recv(piece, source, group=world.host_group)
+                works.append((dist.irecv(piece, source, group=world.host_group), piece))
             takers[rank] += length
-        _agree(problem, file, world)
+        flight.start(works)
+        if flight.full:
+            flight.land()
+        if flight.failed:
+            break
+    while flight.pieces:
+        flight.land()
+    _agree(flight.problem, file, world)
+
+
+class _Flight:
+    """The pieces of a file that are under way, `ahead` at a time, so that none waits for another's round trip.
+
+    With every WORDth piece the ranks tell whether they have had a problem by then; once one has, all stop after the
+    same piece.
+    """
+
+    def __init__(self, part: _Part | None, world: World, ahead: int) -> None:
+        self._part, self._world, self._ahead = part, world, ahead
+        self.pieces: deque[tuple[list[tuple[dist.Work, torch.Tensor]], agree.Agreement | None]] = deque()
+        self._started = 0
+        self.problem = ""  # this rank's own
+        self.failed = False  # the same on all ranks
+
+    @property
+    def full(self) -> bool:
+        return len(self.pieces) == self._ahead
+
+    def start(self, works: list[tuple[dist.Work, torch.Tensor]]) -> None:
+        """Add a piece, of which `works` is this rank's part."""
+        word = None
+        if self._started % WORD == 0:
+            word = agree.Agreement(self._world, ("problem",))
+            word.begin(problem=bool(self.problem))
+        self.pieces.append((works, word))
+        self._started += 1
+
+    def land(self) -> None:
+        """Wait for the oldest piece, and keep it where it was asked for."""
+        works, word = self.pieces.popleft()
+        self._world.pulse.arrive()
+        for work, piece in works:
+            work.wait()
+            if self._part and not self.problem:
+                self.problem = self._part.add(piece)
+        if word and word.end():
+            self.failed = True
         heartbeat.touch()
-        if part and world.rank in pending:
-            problem = part.add(piece)
-    _agree(problem, file, world)
 
 
 def _agree(problem: str, file: File, world: World) -> None:

@@ -268,6 +268,11 @@ def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest)
             "version has no more; give the run another --name, or train it to its end with version 0.1"
         )
     if used := payload.get("comm"):
+        if used["mode"] not in KINDS:
+            raise UserError(
+                f"the checkpoint of step {payload['step']} is of a run that communicates by {used['mode']}, which this "
+                "version has no more; give the run another --name, or train it to its end with version 0.1"
+            )
         saved[COMM] = used["mode"] if payload["world_size"] > 1 else "auto"  # one rank communicates in no mode
         if "every" in used and config.distributed.comm == used["mode"]:  # `auto` may have stretched it
             saved["distributed.local_sgd_steps"] = used["every"]
