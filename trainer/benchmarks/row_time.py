@@ -40,7 +40,9 @@ def measure(options: Options, **values: Any) -> dict:
         ours = train_steps(options, 2, 10**9 if options.tiny else len(spent) - 2, *arguments, **watched)
         curves[recipe] = [[seconds, at, spent[step]] for seconds, at, step in ours["curve"] if step < len(spent)]
     recorded = [Path(run) for run in os.environ.get("BENCH_RUNS", "").split(",") if run]
-    curves |= {f"{run.name} (its own records, evaluation included)": of_run(run, options.data) for run in recorded}
+    curves |= {
+        f"{run.name} (its records: its own images, evaluation included)": of_run(run, options.data) for run in recorded
+    }
     batch = ["--batch", "10"] if options.tiny else []
     theirs = plain(options, 2, *batch, "--evaluate", every, "--minutes", str(minutes))
     curves["plain"] = [[seconds, at, step * theirs["batch"] * image() / 1e15] for seconds, at, step in theirs["curve"]]
@@ -101,7 +103,7 @@ def lines(found: dict) -> list[tuple[str, str, str]]:
     curves, rows = found["curves"], []
     for level in LEVELS:
         told = [f"{name}: {_first(curve, level, found['minutes'])}" for name, curve in curves.items()]
-        what = f"minutes and operations to {level:.0%} of the test images, n = {found['n']}"
+        what = f"minutes and operations to {level:.0%} of 2,000 test images, evaluation left out, n = {found['n']}"
         rows.append((what, "; ".join(told), PUBLISHED.get(level, "")))
     best = ", ".join(f"{name} {max((point[1] for point in curve), default=0.0):.1%}" for name, curve in curves.items())
     return [*rows, ("best accuracy within that time, without TTA", best, "")]
@@ -112,4 +114,4 @@ def _first(curve: Curve, level: float, minutes: float) -> str:
     for seconds, at, *operations in curve:
         if at >= level:
             return f"{seconds / 60:.1f} min" + "".join(f", {value:.3f} PFLOP" for value in operations)
-    return f"not reached in {curve[-1][0] / 60 if curve else minutes:.1f} min"
+    return f"not by {curve[-1][0] / 60 if curve else minutes:.1f} min, the last look"

@@ -97,8 +97,8 @@ def test_time_to_accuracy_counts_operations_and_draws_the_curves(options, tmp_pa
     assert longer == [[900.0, 0.9, pytest.approx(12 * 100 * image[32], rel=0.02)]]
     assert plainly == [[600.0, 0.41, pytest.approx(10 * 20 * image[32], rel=0.02)]]
     rows = {what.split(" to ")[-1].split(" of ")[0]: (value, aim) for what, value, aim in row_time.lines(found)}
-    assert "demo: 2.0 min, " in rows["80%"][0] and "plain: not reached in 10.0 min" in rows["80%"][0]
-    assert "longer (its own records, evaluation included): 15.0 min, " in rows["90%"][0]
+    assert "demo: 2.0 min, " in rows["80%"][0] and "plain: not by 10.0 min, the last look" in rows["80%"][0]
+    assert "longer (its records: its own images, evaluation included): 15.0 min, " in rows["90%"][0]
     assert rows["94%"][1] == "published, with flip TTA: 4.35 PFLOP"
     assert "<svg" in (tmp_path / "time.svg").read_text()
     drawn = figures.over_minutes({"ours": [(1.0, 0.5), (2.0, 0.8)], "plain": [(10.0, 0.4)]}).axes[0].lines

@@ -15,12 +15,12 @@ from k8scifar.training.evaluation import SHIFT, evaluate
 
 @pytest.mark.parametrize("pixels", [32, 24])
 def test_accuracies_with_more_views_are_those_of_the_weighted_logits(pixels):
-    """A random linear model of 300 random images: two views, and six of which the shifted four weigh half as much."""
+    """A random linear model of 500 random images: two views, and six of which the shifted four weigh half as much."""
     import_torchvision()  # before torchmetrics does, as a rank has when it builds its model
     torch.manual_seed(0)
-    pictures = torch.randint(0, 256, (300, 32, 32, 3), dtype=torch.uint8)
-    images = Images(pictures, torch.arange(300) % 3, [0.5] * 3, [0.2] * 3, border=SHIFT)
-    net, samples = nn.Sequential(nn.Flatten(), nn.Linear(3 * pixels**2, 3)), torch.arange(300)
+    pictures = torch.randint(0, 256, (500, 32, 32, 3), dtype=torch.uint8)
+    images = Images(pictures, torch.arange(500) % 3, [0.5] * 3, [0.2] * 3, border=SHIFT)
+    net, samples = nn.Sequential(nn.Flatten(), nn.Linear(3 * pixels**2, 3)), torch.arange(500)
     with join(loading.load(sets=["hardware.device=cpu"])) as world:
         found = evaluate(net, images, world, classes=3, pixels=pixels, batch=64, tta="shifts").figures
     with torch.no_grad():
@@ -32,6 +32,6 @@ def test_accuracies_with_more_views_are_those_of_the_weighted_logits(pixels):
             "accuracy_tta": mirrored,
             "accuracy_tta_shifts": (mirrored + sum(views) / 4) / 2,
         }
-    accuracies = {key: (logits.argmax(1) == images.labels).float().mean() for key, logits in wanted.items()}
+    accuracies = {key: (logits.argmax(1) == images.labels).float().mean().item() for key, logits in wanted.items()}
     assert {key: found[key] for key in wanted} == pytest.approx(accuracies)
-    assert len({round(float(value), 6) for value in accuracies.values()}) == 3, "or nothing would be told apart"
+    assert len({round(value, 6) for value in accuracies.values()}) == 3, "or nothing would be told apart"

@@ -147,3 +147,24 @@ def test_biases_of_the_norms_step_by_a_learning_rate_of_their_own(name):
     }
     assert further == {"1.bias", "3.bias"}
     assert all(torch.equal(step, moved[1.0][key]) for key, step in moved[8.0].items() if key not in further)
+
+
+def test_a_resumed_optimiser_keeps_its_momenta_and_takes_new_settings():
+    def build(*sets: str) -> torch.optim.Optimizer:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3), nn.Linear(8, 3))
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return optim.build(net, loading.load(sets=["optimizer.name=muon", "optimizer.lr=0.2", *sets]))
+
+    before = build("optimizer.muon_lr=0.1", "optimizer.momentum=0.9")
+    before.step()
+    after = build("optimizer.muon_lr=0.05", "optimizer.momentum=0.8", "optimizer.weight_decay=0.01")
+    optim.restore(after, copy.deepcopy(before.state_dict()))
+    assert [group.get("scale", 1.0) for group in after.param_groups] == [1.0, 1.0, 0.25]
+    assert [group["momentum"] for group in after.param_groups] == [0.8, 0.8, 0.0]
+    assert after.param_groups[0]["weight_decay"] == 0.01
+    for one, other in zip(before.param_groups, after.param_groups, strict=True):
+        for parameter, twin in zip(one["params"], other["params"], strict=True):
+            momentum = before.state[parameter]["momentum_buffer"]
+            assert torch.equal(momentum, after.state[twin]["momentum_buffer"]) and momentum.abs().sum() > 0

@@ -43,6 +43,14 @@ def build(net: nn.Module, config: Config) -> torch.optim.Optimizer:
     return Muon(groups, settings.muon_iterations, lr=settings.lr, **shared)
 
 
+def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take over momenta from a `state_dict`, but none of its settings: those that may have changed are the new ones."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
 def step_flops(optimizer: torch.optim.Optimizer) -> int:
     """Floating point operations of the matrix products of one step."""
     return optimizer.step_flops() if isinstance(optimizer, Muon) else 0

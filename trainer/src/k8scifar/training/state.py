@@ -206,7 +206,7 @@ class State:
         """Take over a checkpoint's values; returns what has changed since. Raises UserError where that may not be."""
         changed = check_resumable(self.config, payload, self.manifest)
         self.net.load_state_dict(payload["model"])
-        self.optimizer.load_state_dict(payload["optimizer"])
+        optim.restore(self.optimizer, payload["optimizer"])
         if self.scaler.is_enabled() and payload.get("scaler"):
             self.scaler.load_state_dict(payload["scaler"])
         if saved := payload.get("comm"):
