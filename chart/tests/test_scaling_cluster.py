@@ -10,11 +10,14 @@ from chart_helpers import NFS, VALUES, helm
 from cluster_stage import RUNNING, event, node, pod
 from helm_stage import Helm
 from kube import Kubectl, ToolError
+from kube_writes import keeping
 from scaling_chart import Chart
 from scaling_cluster import main
 from scaling_machines import fitting, tolerates
+from scaling_record import draw
 
 pytestmark = pytest.mark.helm
+HELM, DRAW = Chart._helm, draw
 OPTIONS = ("-f", str(VALUES / NFS[0]), NFS[1])
 THREE = "--set=train.micro_batch=25"  # so that three ranks can share demo's batches
 
@@ -48,11 +51,15 @@ def installs(cluster: Helm) -> list[str]:
 
 
 def test_one_release_after_the_other_then_the_picture_then_nothing(cluster, capsys, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(Chart, "_helm", lambda chart, *words: cluster(chart, *words))
-    monkeypatch.setenv("PATH", f"{cluster.stage.bin}:/usr/bin:/bin")
-    monkeypatch.chdir(cluster.stage.home)
-    assert scale() == 0
+    """A real Helm, and a server that keeps what it writes; a picture that is drawn."""
+    monkeypatch.setattr("scaling_record.draw", DRAW)
+    monkeypatch.setenv("HELM", helm())
+    with keeping(cluster.stage.home) as server:
+        server.command("none")
+        monkeypatch.setenv("KUBECONFIG", server.environment["KUBECONFIG"])
+        cluster.real, cluster.items = HELM, lambda: server.items
+        assert scale("--context=here") == 0
+        assert {item["kind"] for item in server.items} == {"PersistentVolume", "PersistentVolumeClaim"}
     said = capsys.readouterr().out
     assert installs(cluster) == ["1", "2"] and cluster.calls[-1] == ["uninstall", "cifar-scaling"]
     found = record(cluster)
@@ -66,7 +73,8 @@ def test_one_release_after_the_other_then_the_picture_then_nothing(cluster, caps
     assert "2 nodes (node-a, node-b): bf16; 115.0, 98.0 images/s alone at 16 pixels, 207.0 together, 0.97 of" in text
     assert (cluster.stage.home / "results/cifar-scaling/scaling.png").stat().st_size > 10_000
     claims = re.search("its claims are kept, with data set and runs: (.*); to be rid of them:\n  (.*)", said)
-    assert len(claims[1].split(", ")) == 2 and claims[2].startswith("kubectl -n default delete pods,pvc,configmaps -l")
+    assert len(claims[1].split(", ")) == 2
+    assert claims[2].startswith("kubectl -n default --context=here delete pods,pvc,configmaps -l")
 
 
 def test_what_is_measured_is_not_measured_again(cluster, capsys):
@@ -113,7 +121,7 @@ def test_ours_is_laid_over_the_users_values(cluster, capsys):
         (("--epochs=0",), (), "EPOCHS=0: a number from 1 on"),
         (("--release=My_",), (), "RELEASE=My_ is no release's name"),
         (("--nodes=3",), (), "nodes=3: train.global_batch 250 is 2 micro-batches of 125, which 3 ranks"),
-        (("--nodes=3",), (THREE,), r"NODES=3, but of the cluster's machines 2 take such a pod \(node-a, node-b\)"),
+        (("--nodes=3",), (THREE,), r"NODES=3, but 2 of the cluster's machines take .*node-a, node-b\): NODES=2, or"),
         ((), ("--set=node=3",), "additional properties 'node' not allowed"),
         ((), ("--set-string=train.name=x",), r"HELM_ARGS overrules nodes or train.name \(--set-string"),
     ],
@@ -122,6 +130,15 @@ def test_a_mistake_is_one_line_before_anything_is_installed(cluster, words, opti
     with pytest.raises(ToolError, match=sentence):
         scale(*words, options=(*OPTIONS, *options))
     assert not installs(cluster) and not (cluster.stage.home / "results").exists()
+
+
+def test_a_file_of_somebody_elses_is_left_alone(cluster):
+    other = cluster.stage.home / "results" / "cifar-scaling" / "scaling.json"
+    other.parent.mkdir(parents=True)
+    other.write_text("[]")
+    with pytest.raises(ToolError, match=r"scaling.json is none that make scaling wrote: move it away"):
+        scale()
+    assert other.read_text() == "[]" and not installs(cluster)
 
 
 def test_a_release_of_somebody_elses_is_left_alone(cluster):

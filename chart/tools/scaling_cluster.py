@@ -57,8 +57,9 @@ def check(chart: Chart, kubectl: Kubectl, nodes: int) -> None:
     machines = fitting(kubectl, specs[0])
     if apart and machines is not None and len(machines) < nodes:
         raise ToolError(
-            f"NODES={nodes}, but of the cluster's machines {len(machines)} take such a pod "
-            f"({', '.join(machines) or 'none'}): NODES={max(2, len(machines))} at most, or let more machines in"
+            f"NODES={nodes}, but {len(machines)} of the cluster's machines take such a pod "
+            f"({', '.join(machines) or 'none'}): "
+            + (f"NODES={len(machines)}, or more machines" if len(machines) > 1 else "more machines are needed")
         )
     if not apart:
         print("podAntiAffinity lets several pods share a machine: the speed-up is that of fewer machines than nodes")

@@ -72,8 +72,8 @@ class Run:
             "ranks": summary["world_size"],
             "global_batch": summary["global_batch"],
             "device": summary["device"],
-            "torch": summary["versions"]["torch"],
-            "comm": summary["identity"]["distributed.comm"],
+            "torch": summary.get("versions", {}).get("torch", "unknown"),
+            "comm": summary.get("identity", {}).get("distributed.comm", "communication unknown"),
             "alone": summary.get("machines"),
         }
 

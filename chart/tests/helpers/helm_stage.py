@@ -33,11 +33,20 @@ class Helm:
         self.rates = {1: 115.0, 2: 207.0, 3: 290.0}  # images/s by nodes; none: that training does not end
         self.states: dict[int, tuple[dict[str, Any], str]] = {}  # nodes -> the last pod's state, and container
         self.refusal = ""
+        self.real: Callable[..., subprocess.CompletedProcess[str]] | None = None  # for a server that `items` are of
+        self.items: Callable[[], list[dict[str, Any]]] = list
         self.during: Callable[[int], None] = lambda nodes: None  # after an installation
 
     def __call__(self, chart: Any, *words: str) -> subprocess.CompletedProcess[str]:
         """As scaling_chart.Chart calls it."""
         self.calls.append(list(words))
+        if self.real and words[0] != "template":
+            done = self.real(chart, *words)
+            if words[0] == "upgrade" and not done.returncode:
+                self.install(self.items())
+            elif words[0] == "uninstall":
+                self.stage.objects(self.items())
+            return done
         if words[0] == "template":
             return template(*words, f"--namespace={chart.namespace}")
         if words[0] == "get":
@@ -49,7 +58,8 @@ class Helm:
             series = words[-1].rpartition("=")[2]
             same = [word.replace(series, NO_SERIES) for word in words[2:]]  # as it was rendered before
             text = template("template", *same, f"--namespace={chart.namespace}").stdout
-            self.install(re.sub(rf"(scaling-\d+-|{ANNOTATION}: ){NO_SERIES}\b", rf"\g<1>{series}", text))
+            text = re.sub(rf"(scaling-\d+-|{ANNOTATION}: ){NO_SERIES}\b", rf"\g<1>{series}", text)
+            self.install([item for item in yaml.load_all(text, LOADER) if item])
         if words[0] == "uninstall":
             self.series = None
             kept = json.loads((self.stage.home / "objects.json").read_text())["items"]
@@ -60,9 +70,8 @@ class Helm:
         """What a command came to."""
         return subprocess.CompletedProcess([], bool(error), said, f"Error: {error}\n" if error else "")
 
-    def install(self, text: str) -> None:
+    def install(self, objects: list[dict[str, Any]]) -> None:
         """The objects, their pods, and what the training leaves."""
-        objects = [item for item in yaml.load_all(text, LOADER) if item]
         workload = next(item for item in objects if item["kind"] == "StatefulSet")
         nodes, notes = workload["spec"]["replicas"], workload["metadata"]["annotations"]
         self.series = notes[ANNOTATION]

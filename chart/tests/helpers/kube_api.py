@@ -34,6 +34,7 @@ class Api(http.server.BaseHTTPRequestHandler):
     """Discovery, lists by label and by field, and logs."""
 
     protocol_version = "HTTP/1.1"
+    groups = GROUPS
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -48,18 +49,18 @@ class Api(http.server.BaseHTTPRequestHandler):
         if url.path == "/api":
             return self.answer({"kind": "APIVersions", "versions": ["v1"]})
         if url.path == "/apis":
-            groups = [self.group(name) for name in GROUPS if name]
+            groups = [self.group(name) for name in self.groups if name]
             return self.answer({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
         group = "" if parts[0] == "api" else parts[1] if parts[0] == "apis" else "none"
         rest = parts[2:] if parts[0] == "api" else parts[3:]
-        if group not in GROUPS:
+        if group not in self.groups:
             return self.answer({"kind": "Status", "status": "Failure", "code": 404, "message": "not here"}, code=404)
         if not rest:
             version = f"{group}/v1".lstrip("/")
             verbs = ["get", "list", "create", "delete", "watch"]
             found = [
                 {"name": name, "singularName": kind.lower(), "kind": kind, "namespaced": kind != "Node", "verbs": verbs}
-                for name, kind in GROUPS[group].items()
+                for name, kind in self.groups[group].items()
             ]
             return self.answer({"kind": "APIResourceList", "groupVersion": version, "resources": found})
         if rest[-1:] == ["log"]:
@@ -68,14 +69,17 @@ class Api(http.server.BaseHTTPRequestHandler):
             namespace, rest = rest[1], rest[2:]
         else:
             namespace = ""
-        kind = GROUPS[group][rest[0]]
+        kind = self.groups[group][rest[0]]
         items = [item for item in self.server.items if item["kind"] == kind and self.fits(item, query, namespace)]
         if len(rest) == 1:
             return self.answer({"kind": f"{kind}List", "apiVersion": f"{group}/v1".lstrip("/"), "items": items})
         if found := [item for item in items if item["metadata"]["name"] == rest[1]]:
             return self.answer(found[0])
-        missing = {"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404, "message": "not found"}
-        return self.answer(missing, code=404)
+        return self.missing()
+
+    def missing(self):
+        found = {"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404, "message": "not found"}
+        return self.answer(found, code=404)
 
     def do_POST(self):
         failure = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Forbidden", "code": 403}
@@ -93,7 +97,8 @@ class Api(http.server.BaseHTTPRequestHandler):
         return {"name": name, "versions": [version], "preferredVersion": version}
 
     def answer(self, content, kind="application/json", code=200):
-        body = (content if isinstance(content, str) else json.dumps(content)).encode()
+        text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+        body = text.encode() if isinstance(text, str) else text
         self.send_response(code)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -109,7 +114,7 @@ class Cluster:
 
     def __init__(self, server: http.server.ThreadingHTTPServer, folder: Path) -> None:
         self._server, self.folder = server, folder
-        server.items, server.asked, server.refuse = [], [], lambda path: None
+        server.items, server.asked, server.secrets, server.refuse = [], [], {}, lambda path: None
         cluster = {"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
         self.config = {"clusters": [cluster], "contexts": [], "current-context": "here"}
         self.config["contexts"].append({"name": "here", "context": {"cluster": "here", "user": ""}})
@@ -140,9 +145,9 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Cluster]:
+def serving(folder: Path, api: type[Api] = Api) -> Iterator[Cluster]:
     """A server without objects, on a free port."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), api) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield Cluster(server, folder)
         server.shutdown()
