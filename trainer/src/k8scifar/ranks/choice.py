@@ -28,7 +28,7 @@ from k8scifar.ranks.world import World
 
 GOOD = 0.95  # of the fastest choice's speed is enough: the most exact choice that promises it is taken
 PERIODS = (0.5, 0.75, 1)  # times distributed.local_sgd_steps between two averagings
-COST = "in a run of 200 steps, averaging every 8 of them cost about a point of accuracy, every 4 less than half of one"
+COST = "in a run of 200 steps, averaging every 8 of them cost one to two points of accuracy, every 4 less than one"
 PATIENCE = 1.0  # seconds; a trial of the wire that takes longer is not repeated
 
 
