@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from k8scifar.ranks.agree import average
+from k8scifar.ranks.agree import unflatten
 from k8scifar.ranks.exchange import AllReduce
 from k8scifar.ranks.world import World
 
@@ -57,11 +57,15 @@ class LocalSGD(AllReduce):
     def _average_movement(self) -> None:
         """Replace the weights by the mean over the ranks, to the precision of `mean_in_bytes`; collective."""
         moved = torch._foreach_sub(self._parameters, self._anchors)
+        vectors = [tensor for tensor in moved if tensor.ndim <= 1]
+        flat = torch.cat(vectors)
+        work = dist.all_reduce(flat, async_op=True)  # its round trips pass beside the others
         matrices = [_as_stored(tensor) for tensor in moved if tensor.ndim > 1]
         means = mean_in_bytes(torch.cat(matrices), self._world).split([len(values) for values in matrices])
         for values, mean in zip(matrices, means, strict=True):
             values.copy_(mean)
-        average([tensor for tensor in moved if tensor.ndim <= 1], self._world, torch.float32)
+        work.wait()
+        unflatten(flat.div_(self._world.size), vectors)
         torch._foreach_add_(self._anchors, moved)
         torch._foreach_copy_(self._parameters, self._anchors)
 
