@@ -61,7 +61,7 @@ SCHEMA = json.loads((CHART / "values.schema.json").read_text())
         ((*NFS, "--set=nodes=4,train.global_batch=500,train.micro_batch=250"), "that is at most 125, or start fewer"),
         ((*NFS, "--set=processesPerNode=2,train.global_batch=500,train.micro_batch=250"), "is at most 125"),
         (
-            (*NFS, "--set=nodes=3,train.micro_batch=50,train.distributed.comm=local-sgd"),
+            (*NFS, "--set=nodes=3,train.global_batch=250,train.micro_batch=50,train.distributed.comm=local-sgd"),
             "can't share equally, as train.distributed.comm=local-sgd asks: choose a train.global_batch that 150",
         ),
         ((*NFS, "--set=train.global_batch=510,train.micro_batch=250"), "not a multiple"),

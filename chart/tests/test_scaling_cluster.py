@@ -19,7 +19,7 @@ from scaling_record import draw
 pytestmark = pytest.mark.helm
 HELM, DRAW = Chart._helm, draw
 OPTIONS = ("-f", str(VALUES / NFS[0]), NFS[1])
-THREE = "--set=train.micro_batch=25"  # so that three ranks can share demo's batches
+THREE = "--set=train.micro_batch=20"  # other batches than the recipe's
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_ours_is_laid_over_the_users_values(cluster, capsys):
         (("--nodes=two",), (), "NODES=two: a number from 2 on"),
         (("--epochs=0",), (), "EPOCHS=0: a number from 1 on"),
         (("--release=My_",), (), "RELEASE=My_ is no release's name"),
-        (("--nodes=3",), (), "nodes=3: train.global_batch 250 is 2 micro-batches of 125, which 3 ranks"),
+        (("--nodes=7",), (), "nodes=7: train.global_batch 240 is 6 micro-batches of 40, which 7 ranks"),
         (("--nodes=3",), (THREE,), r"NODES=3, but 2 of the cluster's machines take .*node-a, node-b\): NODES=2, or"),
         ((), ("--set=node=3",), "additional properties 'node' not allowed"),
         ((), ("--set-string=train.name=x",), r"HELM_ARGS overrules nodes or train.name \(--set-string"),

@@ -205,13 +205,19 @@ def test_the_driver_is_asked_where_there_are_no_device_files(tmp_path):
         (0, 2, [], 1),
         (1, 1, [], 1),
         (1, 2, [], 1),
-        (4, 1, ["micro_batch=50"], 3),  # 5 micro-batches: 2 + 2 + 1, and four ranks would be no faster
-        (4, 1, ["micro_batch=50", "distributed.comm=local-sgd"], 1),
-        (0, 1, ["micro_batch=50"], 2),
+        (
+            4,
+            1,
+            ["global_batch=250", "micro_batch=50"],
+            3,
+        ),  # 5 micro-batches: 2 + 2 + 1, and four ranks would be no faster
+        (4, 1, ["global_batch=250", "micro_batch=50", "distributed.comm=local-sgd"], 1),
+        (0, 1, ["global_batch=250", "micro_batch=50"], 2),
         (4, 1, ["global_batch=1000"], 4),
-        (3, 1, [], 2),  # 2 micro-batches
+        (3, 1, [], 3),  # 2 + 2 + 2
+        (3, 1, ["micro_batch=120"], 2),  # 2 micro-batches
         (8, 1, ["hardware.device=cpu"], 2),
-        (0, 1, ["micro_batch=250"], 1),
+        (0, 1, ["micro_batch=240"], 1),
     ],
 )
 def test_processes_where_nobody_says_how_many(gpus, nnodes, sets, wanted, monkeypatch, capsys):
