@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from k8scifar.config.schema import Config
-from k8scifar.training.model import norms
+from k8scifar.training import norms
 from k8scifar.training.muon import Muon
 
 
@@ -20,7 +20,7 @@ def build(net: nn.Module, config: Config) -> torch.optim.Optimizer:
     """
     settings = config.optimizer
     apart = settings.norm_bias_lr != 1.0  # else a group with the others, as in former releases' checkpoints
-    biases = [layer.bias for layer in norms(net)] if apart else []
+    biases = [layer.bias for layer in norms.layers(net)] if apart else []
     kept = set(map(id, biases))
     vectors = [parameter for parameter in net.parameters() if parameter.ndim <= 1 and id(parameter) not in kept]
     hidden = [layer.weight for layer in net.modules() if isinstance(layer, nn.Conv2d)][1:]
