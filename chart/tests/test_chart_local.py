@@ -63,7 +63,7 @@ def test_a_volume_that_belongs_to_root_is_made_the_pods():
 
 
 def test_folders_of_the_machines_are_kept_for_one_pods_claim_each():
-    objects = render(*FOLDER, "--namespace=lab", "--set=nodes=3,train.global_batch=750")
+    objects = render(*FOLDER, "--namespace=lab", "--set=nodes=3,train.global_batch=720")
     workload = one(objects, "StatefulSet")["metadata"]["name"]
     volumes = [item for item in objects if item["kind"] == "PersistentVolume"]
     assert [item["spec"]["claimRef"]["name"] for item in volumes] == [

@@ -34,7 +34,7 @@ COMBINATIONS = [
     (*NFS, "--set=tensorboard.ingress.enabled=true,tensorboard.ingress.host=a.example,tensorboard.ingress.tlsSecret=s"),
     (*NFS, "--set=hostNetwork=true,rendezvous.port=29600,dataset.credentialsSecret=s,dataset.s3Endpoint=http://m:9000"),
     (*NFS, "--set=hostNetwork=true,workload.kind=Job"),
-    (*LOCAL, "--set=local.hostPath=/srv/k8scifar,nodes=3,train.global_batch=750,keepVolumes=false"),
+    (*LOCAL, "--set=local.hostPath=/srv/k8scifar,nodes=3,train.global_batch=720,keepVolumes=false"),
     (*LOCAL, "gpu.yaml", "--set=local.storageClassName=fast,completion.policy=scaleDown"),
     (
         "--set=dataset.existingClaim=a,checkpoints.storageClassName=fast,user.fsGroup=0,user.supplementalGroups={7,8}",

@@ -96,7 +96,7 @@ def test_every_value_in_the_documents_is_the_charts_or_the_trainers(name):
     for key, value in documents.quoted_settings(REPOSITORY / name):
         if documents.value_faults(key, value):  # not the chart's, so it is the trainer's
             placeholder = documents.ANYTHING.search(value)
-            text = f"{key}=50" if placeholder else f"{key}={value}"
+            text = f"{key}=40" if placeholder else f"{key}={value}"
             assert documents.trainer_faults(["train", "--set", text]) == [], f"--set {key}={value}"
 
 

@@ -49,8 +49,8 @@ def test_a_machine_without_a_number_must_be_told(environment):
     [
         (["--nnodes=2", "--node-rank=2"], "must be from 0 to 1"),
         (["--nnodes=2", "--node-rank=1"], "--master-addr"),
-        (["--nproc-per-node=3"], "3 ranks can't share: each needs one; set micro_batch to 50, or start 2 ranks"),
-        (["--nproc-per-node=2", "--set=distributed.comm=local-sgd", "--set=micro_batch=50"], "can't share equally"),
+        (["--nproc-per-node=7"], "7 ranks can't share: each needs one; set micro_batch to 30, or start 6 ranks"),
+        (["--nproc-per-node=4", "--set=distributed.comm=local-sgd"], "can't share equally"),
         (["--master-port=70000"], "1 to 65535"),
         (["--wait=0"], "above 0"),
         (["--set=epohcs=3"], "did you mean 'epochs'"),
