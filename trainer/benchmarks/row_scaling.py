@@ -143,9 +143,8 @@ def lines(found: dict) -> list[tuple[str, str, str]]:
             taken = ", ".join(sorted({run["mode"] for run in runs}))
             range_ = f" ({efficiency['min']:.2f} to {efficiency['max']:.2f})" * (len(runs) > 1)
             told.append(f"{mode}{f' ({taken})' if mode == 'auto' else ''} {efficiency['median']:.2f}{range_}")
-            sent += [f"{mode} {spread([run['sent'] for run in runs])['median']:.1f}"] * all(
-                run.get("sent") for run in runs
-            )
+            if all(run.get("sent") for run in runs):  # former results do not say
+                sent.append(f"{mode} {spread([run['sent'] for run in runs])['median']:.1f}")
             promises += [f"{run['predicted']:.3f}, {run['step']:.3f}" for run in runs if run.get("predicted")]
         rows.append((f"efficiency at {rate}, n = {found['n']}", ", ".join(told), AIMS.get(rate, "")))
         if sent:
