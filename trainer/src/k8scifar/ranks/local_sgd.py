@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from k8scifar.ranks.agree import unflatten
 from k8scifar.ranks.exchange import AllReduce
+from k8scifar.ranks.owners import stored
 from k8scifar.ranks.world import World
 
 BLOCK = 512  # numbers of a movement that share a scale
@@ -60,7 +61,7 @@ class LocalSGD(AllReduce):
         vectors = [tensor for tensor in moved if tensor.ndim <= 1]
         flat = torch.cat(vectors)
         work = dist.all_reduce(flat, async_op=True)  # its round trips pass beside the others
-        matrices = [_as_stored(tensor) for tensor in moved if tensor.ndim > 1]
+        matrices = [stored(tensor) for tensor in moved if tensor.ndim > 1]
         means = mean_in_bytes(torch.cat(matrices), self._world).split([len(values) for values in matrices])
         for values, mean in zip(matrices, means, strict=True):
             values.copy_(mean)
@@ -90,11 +91,6 @@ class LocalSGD(AllReduce):
         if not self.equal:
             own += self._parameters
         return own
-
-
-def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense tensor's values in the order in which memory holds them: a view, whatever the memory format."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def mean_in_bytes(values: torch.Tensor, world: World) -> torch.Tensor:
