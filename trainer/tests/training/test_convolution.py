@@ -1,8 +1,9 @@
-"""Convolutions as matrix products: torch's own results, and the same form for the same shapes."""
+"""Convolutions in other forms than torch's: its results, and the same form for the same shapes."""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -10,18 +11,19 @@ from torch import nn
 
 from k8scifar import machine
 from k8scifar.config.schema import Model
-from k8scifar.training import convolution, model
+from k8scifar.training import convolution, model, winograd
 
 ALWAYS, NEVER = (0, 0), (10**9, 10**9)
 
 
 @pytest.fixture
 def forms(monkeypatch):
-    """Set from how many channels a pixel on products are taken, for every kind of precision."""
+    """Set from how many channels a pixel on products are taken, and from how many on Winograd's form."""
     monkeypatch.setattr(convolution, "MEASURED", True)
 
-    def settle(form: tuple[int, int]) -> None:
+    def settle(form: tuple[int, int], fewest: float = math.inf) -> None:
         monkeypatch.setattr(convolution, "FEW", dict.fromkeys(convolution.FEW, form))
+        monkeypatch.setattr(convolution, "WINOGRAD", dict.fromkeys(convolution.WINOGRAD, fewest))
 
     return settle
 
@@ -46,14 +48,44 @@ def test_outputs_and_gradients_are_those_of_torch(forms, form, stride, size):
         assert mine.stride() == torchs.stride()  # the gradients are views into DDP's buckets
 
 
-def test_in_bf16_both_forms_round_alike(forms):
+@pytest.mark.parametrize("at_once", [1, 20_000, winograd.AT_ONCE])
+@pytest.mark.parametrize("size", [(2, 2), (2, 5), (3, 3), (4, 4), (7, 6), (8, 9), (16, 16)])
+def test_with_fewer_multiplications_they_are_those_of_torch_too(forms, monkeypatch, size, at_once):
+    """Tiles of 2, 3 and 4 pixels, whole and cut, and images one by one, several and all together."""
+    torch.manual_seed(1)
+    monkeypatch.setattr(winograd, "AT_ONCE", at_once)
+    own = nn.Conv2d(6, 10, 3, 1, 1, bias=False).double().to(memory_format=torch.channels_last)
+    images = torch.randn(3, 6, *size, dtype=torch.double).to(memory_format=torch.channels_last).requires_grad_()
+    forms(NEVER, fewest=1)
+    taken = convolution.Convolution(own)
+    assert type(taken(images).grad_fn).__name__ == "_WinogradBackward"
+    for mine, torchs in zip(results(taken, images), results(own, images), strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-11, atol=1e-11)
+        assert mine.stride() == torchs.stride()
+
+
+def test_fewer_multiplications_cost_little_precision(forms):
+    """About eight times what torch's own form rounds off in float32; bf16 rounds off ten thousand times that."""
+    torch.manual_seed(1)
+    own = nn.Conv2d(64, 64, 3, 1, 1, bias=False).to(memory_format=torch.channels_last)
+    images = torch.randn(8, 64, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
+    forms(NEVER, fewest=1)
+    mine, torchs = results(convolution.Convolution(own), images), results(own, images)
+    exact = results(own.double(), images.detach().double().requires_grad_())
+    for one, other, true in zip(mine, torchs, exact, strict=True):
+        lost, torchs_lost = (one - true).norm() / true.norm(), (other - true).norm() / true.norm()
+        assert 0 < torchs_lost < lost < 4e-6, (lost, torchs_lost)
+
+
+@pytest.mark.parametrize("fewest", [1, math.inf], ids=["fewer multiplications", "products"])
+def test_in_bf16_both_forms_round_alike(forms, fewest):
     """Each is as near to the float32 result as the other."""
     torch.manual_seed(1)
     own = nn.Conv2d(64, 128, 3, 1, 1, bias=False).to(memory_format=torch.channels_last)
     mine = convolution.Convolution(own)
     images = torch.randn(16, 64, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
     exact = results(own, images)
-    forms(ALWAYS)
+    forms(ALWAYS, fewest)
     with torch.autocast("cpu", torch.bfloat16):
         rounded, torchs = results(mine, images), results(own, images)
     for one, other, true in zip(rounded, torchs, exact, strict=True):
@@ -79,12 +111,20 @@ def test_the_form_depends_on_shape_and_precision_alone(forms, monkeypatch):
     patches = convolution.patches
     monkeypatch.setattr(convolution, "MEASURED", True)
     monkeypatch.setattr(convolution, "kind", lambda dtype: "fp32")
+    fewer = []
+    monkeypatch.setattr(convolution.winograd, "convolve", lambda images, _: fewer.append(1) or images)
     monkeypatch.setattr(convolution, "patches", lambda images, stride: taken.append(1) or patches(images, stride))
     layer = convolution.Convolution(nn.Conv2d(8, 64, 3, 1, 1, bias=False))
     for pixels, product in ((1, True), (2, False), (8, False)):  # 64, 16 and 1 channels a pixel, of 32 wanted
         taken.clear()
         layer(torch.randn(2, 8, pixels, pixels))
         assert bool(taken) == product, pixels
+    assert not fewer, "8 channels are too few"
+    for stride, channels, pixels, form in ((1, 64, 2, True), (1, 64, 1, False), (2, 64, 8, False), (1, 32, 8, False)):
+        fewer.clear()
+        layer = convolution.Convolution(nn.Conv2d(channels, 64, 3, stride, 1, bias=False))
+        layer(torch.randn(2, channels, pixels, pixels))
+        assert bool(fewer) == form, (stride, channels, pixels)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""3x3 convolutions of small images on a CPU, as one matrix product over the whole batch.
+"""3x3 convolutions on a CPU: with fewer multiplications, or as one matrix product over the whole batch.
 
-oneDNN convolves image by image, and reads all weights anew for each: where an image has few pixels and the weights are
-many (the last stages of a ResNet at 32 pixels and below), it waits for memory most of the time. There the patches of
-all images are laid out as rows of one matrix (im2col), so that the weights are read once. Which form is taken depends
-on shapes and precision alone, never on a measurement: a resumed run computes the same bits.
+In float32 those of stride 1 take winograd.py's form. Of the others: oneDNN convolves image by image, and reads all
+weights anew for each; where an image has few pixels and the weights are many (the last stages of a ResNet at 32 pixels
+and below), it waits for memory most of the time. There the patches of all images are laid out as rows of one matrix
+(im2col), so that the weights are read once. Which form is taken depends on shapes and precision alone, never on a
+measurement: a resumed run computes the same bits.
 
 Source of the form: Chellapilla, Puri, Simard, High Performance Convolutional Neural Networks for Document Processing
 (2006).
@@ -12,6 +13,7 @@ Source of the form: Chellapilla, Puri, Simard, High Performance Convolutional Ne
 from __future__ import annotations
 
 import functools
+import math
 import platform
 from typing import Any
 
@@ -20,11 +22,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from k8scifar import machine
+from k8scifar.training import winograd
 
 MEASURED = platform.machine() in ("x86_64", "AMD64")  # elsewhere torch's own convolution, until somebody has measured
 # From how many output channels for each pixel of an output image on products are faster: for all three (output and both
 # gradients), and for the gradient of the weights alone. Measured for batches of 125 (`make bench ROWS=products`).
 FEW = {"fp32": (32, 32), "bf16": (128, 32), "amx": (32, 7)}
+# From how many channels, in and out, on winograd.py's form is faster (the same row).
+WINOGRAD = {"fp32": 64, "bf16": 256, "amx": math.inf}
 
 
 class Convolution(nn.Conv2d):
@@ -40,7 +45,10 @@ class Convolution(nn.Conv2d):
             return super().forward(images)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
         height, width = (-(-size // step) for size, step in zip(images.shape[2:], self.stride, strict=True))
+        fewer = self.stride == (1, 1) and min(self.in_channels, self.out_channels) >= WINOGRAD[kind(dtype)]
         everywhere, of_weights = (self.out_channels >= few * height * width for few in FEW[kind(dtype)])
+        if fewer and min(height, width) > 1:
+            return winograd.convolve(images.to(dtype).contiguous(memory_format=torch.channels_last), self.weight)
         if not (everywhere or of_weights):
             return super().forward(images)
         images = images.to(dtype).contiguous(memory_format=torch.channels_last)
