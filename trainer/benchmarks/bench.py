@@ -76,10 +76,10 @@ def run(name: str, options: Options, folder: Path) -> bool:
     return True
 
 
-def newest(name: str, folder: Path) -> dict[str, Any] | None:
-    """A row's newest result."""
-    files = sorted(folder.glob(f"{name}-*.json"))
-    return json.loads(files[-1].read_text()) if files else None
+def newest(name: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """A row's newest results: that of a whole processor under "", and by the instructions that one was held to."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-*.json"))]
+    return {result["machine"].partition(", held to ")[2]: result for result in results}
 
 
 def table(folder: Path) -> str:
@@ -87,21 +87,23 @@ def table(folder: Path) -> str:
     text = [
         "# Measurements",
         "",
-        "Made by `python trainer/benchmarks/bench.py --table` from the newest result of each row.",
+        "Made by `python trainer/benchmarks/bench.py --table` from the newest result of each row; held to AVX2 and the",
+        "like: by ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY and MKL_ENABLE_INSTRUCTIONS.",
         "",
     ]
     text += ["| row | what | measured | aim |", "|---|---|---|---|"]
     notes = []
     for name in ROWS:
-        row, result = importlib.import_module(f"row_{name}"), newest(name, folder)
-        if result is None:
+        row, results = importlib.import_module(f"row_{name}"), newest(name, folder)
+        if not results:
             why = "needs a GPU: make bench-gpu" if _needs_gpu(name) else f"not measured yet: {row.COMMAND}"
             text.append(f"| {name} | {row.TITLE} | {why} | |")
-            continue
-        text += [f"| {name} | {what} | {value} | {aim} |" for what, value, aim in row.lines(result["found"])]
-        note = f"- `{row.COMMAND}`: {row.TITLE}. {result['date']} UTC, {result['gpu'] or result['machine']}, "
-        note += f"torch {result['versions']['torch']}, {result['took']} s; load before it {result['load']:.1f}"
-        notes.append(note + ("; **tiny sizes, no measurement**" if result["tiny"] else ""))
+        for held, result in sorted(results.items()):
+            shown = f"{name}, held to {held}" if held else name
+            text += [f"| {shown} | {what} | {value} | {aim} |" for what, value, aim in row.lines(result["found"])]
+            note = f"- `{row.COMMAND}`: {row.TITLE}. {result['date']} UTC, {result['gpu'] or result['machine']}, "
+            note += f"torch {result['versions']['torch']}, {result['took']} s; load before it {result['load']:.1f}"
+            notes.append(note + ("; **tiny sizes, no measurement**" if result["tiny"] else ""))
     text += ["", "Median (least to greatest, n) where n is given so; contenders run in turn within one run.", ""]
     return "\n".join([*text, *notes]) + "\n"
 

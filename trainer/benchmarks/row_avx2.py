@@ -1,4 +1,4 @@
-"""Row `time` as on a processor that has no bf16, emulated: oneDNN and torch's own kernels kept to AVX2, float32."""
+"""Row `time` as on a processor without bf16, emulated: oneDNN, MKL and torch's kernels kept to AVX2, float32."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import row_time
 from harness import Options
 
-TITLE = "Time to accuracy, two ranks, oneDNN and torch kept to AVX2, float32"
+TITLE = "Time to accuracy, two ranks, oneDNN, MKL and torch kept to AVX2, float32"
 COMMAND = "make bench ROWS=avx2 BENCH_MINUTES=10"
-ISA = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+ISA = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def measure(options: Options) -> dict:

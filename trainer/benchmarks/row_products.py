@@ -1,4 +1,4 @@
-"""Convolutions as matrix products (training/convolution.py) against torch's own: steps of one core, in turn."""
+"""Convolutions as training/convolution.py has them against torch's own: steps of one core, in turn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 from harness import Options, shown, spread
 
-TITLE = "Convolutions of few pixels as matrix products"
+TITLE = "Convolutions in other forms than torch's"
 COMMAND = "make bench ROWS=products"
 
 
@@ -51,7 +51,7 @@ def lines(found: dict) -> list[tuple[str, str, str]]:
     """(what, measured, aim)."""
     return [
         (
-            f"{pixels} pixels, {found['precision']}, one core: as products over torch's own",
+            f"{pixels} pixels, {found['precision']}, one core: images/s over those with torch's own forms",
             f"{shown(run['ratio'], 'x')}; {shown(run['images_per_second'])} images/s",
             "",
         )

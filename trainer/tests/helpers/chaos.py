@@ -26,6 +26,7 @@ from pods import NAMES, Group
 from runs import TINY, history
 
 from k8scifar.data.prepare import prepare
+from k8scifar.ranks import modes
 from k8scifar.training import checkpoint
 
 TIMEOUT = 8.0  # seconds that a rank waits for a silent peer, here
@@ -40,7 +41,8 @@ LIMIT = 300.0  # seconds within which any fault must be mended
 CONFIG = TINY | {
     "epochs": 8,
     "checkpoint": {"every_steps": 4, "keep": 3},
-    "distributed": {"timeout_seconds": TIMEOUT, "comm": "allreduce"},
+    "distributed": {"timeout_seconds": TIMEOUT, "local_sgd_steps": 5},  # averagings fall beside checkpoints, too
+    "optimizer": {"name": "muon", "lr": 0.02},  # whose directions the owners exchange
     "log": {"every_seconds": 0.001, "every_steps": 1000, "tensorboard": False},
 }
 
@@ -176,7 +178,6 @@ KILLS = ("kill_worker", "kill_agent", "kill_pod", "kill_both", "preempt", "reset
 def train(folder: Path, data: Path, name: str, machines: list, plan: list[str], draw: random.Random, report: Report):
     """One training to its end, struck by faults of `plan`, which are taken off it; the finished run's folder."""
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(CONFIG))
     group = Group(machines, folder, config, data, name)
     try:
         for rank in range(2):
@@ -229,8 +230,13 @@ def undisturbed(folder: Path, data: Path, machines: list) -> Path:
     return train(folder, data, "undisturbed", machines, [], random.Random(0), Report())
 
 
-def chaos(folder: Path, kinds: list[str], kills: int, seed: int, report: Report) -> None:
-    """Strike `kills` times, each kind about equally often. Raises AssertionError where a training does not recover."""
+def chaos(folder: Path, kinds: list[str], kills: int, seed: int, report: Report, comm: str = "allreduce") -> None:
+    """Strike `kills` times, each kind about equally often, in the mode of communication `comm`.
+
+    Raises AssertionError where a training does not recover.
+    """
+    config = CONFIG | {"distributed": CONFIG["distributed"] | {"comm": comm}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     draw = random.Random(seed)
     random.seed(seed)
     plan = (kinds * (kills // len(kinds) + 1))[:kills]
@@ -295,12 +301,15 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="how many faults (20)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the kinds and moments (the time)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which faults (all)")
+    parser.add_argument(
+        "--comm", choices=modes.KINDS, default="allreduce", help="how the ranks communicate (allreduce)"
+    )
     args = parser.parse_args()
     print(f"seed {args.seed}", file=sys.stderr)
     report, error, left = Report(), "", ""
     with tempfile.TemporaryDirectory(prefix="k8scifar-chaos-") as folder:
         try:
-            chaos(Path(folder), args.kinds, args.kills, args.seed, report)
+            chaos(Path(folder), args.kinds, args.kills, args.seed, report, args.comm)
             if args.kinds == list(KINDS):
                 left = gone(Path(folder), args.seed)
         except AssertionError as failure:

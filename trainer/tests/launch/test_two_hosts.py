@@ -14,6 +14,8 @@ import pytest
 import yaml
 from runs import HELPERS, TINY, history, weights_hash
 
+from k8scifar.ranks import modes
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CONFIG = TINY | {
     "epochs": 4,
@@ -120,10 +122,11 @@ def test_strangers_on_every_port_neither_join_nor_end_the_training(group, machin
 
 
 @pytest.mark.nightly
-def test_a_short_run_of_chaos(tmp_path):
+@pytest.mark.parametrize("comm", modes.KINDS)
+def test_a_short_run_of_chaos(tmp_path, comm):
     seed = int(time.time())
     print(f"seed {seed}")
     report = chaos.Report()
-    chaos.chaos(tmp_path, list(chaos.KILLS), 6, seed, report)
-    assert [strike.recovered for strike in report.strikes] == [True] * 6
+    chaos.chaos(tmp_path, list(chaos.KILLS), 4, seed, report, comm)
+    assert [strike.recovered for strike in report.strikes] == [True] * 4
     assert report.wrong == 0, report.table()
