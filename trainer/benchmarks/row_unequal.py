@@ -15,7 +15,7 @@ from row_scaling import CORES, start, step
 TITLE = "Two hosts, one held to half a core"
 COMMAND = "make bench ROWS=unequal (root)"
 QUOTA = 0.5  # of a core
-PERIOD = 5_000  # microseconds in which it is used up: a slow machine is slow all the time, not stopped for 50 ms at a time
+PERIOD = 5_000  # microseconds in which it is used up: a slow machine is slow all the time, not stopped now and then
 
 
 def measure(options: Options) -> dict:

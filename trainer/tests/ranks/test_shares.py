@@ -129,12 +129,60 @@ def test_what_the_machines_came_to_is_in_log_summary_and_report(trained):
     ],
 )
 def test_division_that_suits_the_speeds(micro_batches, seconds, counts):
-    assert shares.better(shares.equal(micro_batches, len(seconds)), seconds) == counts
+    speeds = Speeds(seconds, [0.0] * len(seconds), 8)
+    assert shares.better(shares.equal(micro_batches, len(seconds)), speeds) == counts
+
+
+def every_division(micro_batches, ranks):
+    """All lists of `ranks` numbers from 1 on with this sum."""
+    if ranks == 1:
+        return [[micro_batches]]
+    firsts = range(1, micro_batches - ranks + 2)
+    return [[first, *rest] for first in firsts for rest in every_division(micro_batches - first, ranks - 1)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_no_other_division_makes_a_shorter_step(ranks):
+    """Muon's directions, which go to whoever has time left, and what no rank is spared are counted in."""
+    torch.manual_seed(0)
+    for _ in range(40):
+        own, updates, rest = ((torch.rand(ranks) + 0.2).tolist() for _ in range(3))
+        speeds = Speeds(own, [2 * each for each in updates], 8, rest)
+        found = shares.divide(7, speeds)
+        least = min(map(speeds.step, every_division(7, ranks)))
+        assert speeds.step(found) == pytest.approx(least)
+        assert speeds.least(7) <= least * 1.5
+
+
+def test_a_step_is_as_long_as_the_best_division_of_muon_s_directions():
+    """Tried out in thousandths."""
+    for counts, speeds in (
+        ([4, 2], Speeds([1.0, 2.2], [1.9, 4.2], 8, [0.5, 1.2])),
+        ([5, 1], Speeds([1.0, 2.2], [1.9, 4.2], 8, [0.5, 1.2])),
+        ([1, 1], Speeds([1.0, 9.0], [1.0, 1.0], 8)),
+    ):
+        busy = speeds.busy(counts)
+        parts = [part / 1000 for part in range(1001)]
+        tried = [max(busy[0] + a * speeds.updates[0], busy[1] + (1 - a) * speeds.updates[1]) for a in parts]
+        assert speeds.step(counts) == pytest.approx(min(tried), rel=1e-2)
+    assert Speeds([1.0, 2.0], [0.0, 0.0], 8).step([3, 1]) == 3.0
+
+
+def test_who_is_done_later_with_its_micro_batches_begins_later_with_the_directions():
+    divided = Shares([4, 2], Speeds([1.0, 2.2], [2.0, 4.0], 8, [0.5, 1.2]))
+    assert divided.later == pytest.approx([0.0, (2 * 2.2 + 1.2 - 4.5) / 4.0])
+    assert Shares([2, 2], Speeds([1.0, 1.05], [1.0, 1.05], 8, [0.1, 0.2])).later == [0.0, 0.0], "noise"
+    assert Shares([2, 1], Speeds([1.0, 1.0], [2.0, 2.0], 8)).later == [0.5, 0.0]
+    assert Shares([3, 1], Speeds([1.0, 2.0], [0.0, 0.0], 8)).later == [0.0, 0.0] == Shares([3, 1]).later
+    former = Shares.from_saved(
+        {"counts": [3, 1], "speeds": {"micro_batch": [1.0, 2.0], "updates": [1.0, 2.0], "pixels": 8}}, 4, 2
+    )
+    assert former.later == [0.5, 0.0], "a checkpoint that does not say what no rank is spared"
 
 
 def test_more_ranks_than_micro_batches_are_refused():
     with pytest.raises(ValueError, match="3 ranks can't share 2 micro-batches"):
-        shares.divide(2, [1.0] * 3)
+        shares.divide(2, Speeds([1.0] * 3, [0.0] * 3, 8))
 
 
 def test_equal_shares_weigh_exactly_one():
@@ -205,7 +253,9 @@ def test_an_epoch_s_clocks_are_read_by_resolution_without_the_first_step(monkeyp
     assert speed["alone"] == [25.0, 6.2] and speed["shares"] == [3, 1]
     assert speed["together"] == round(200 / 62, 1) and speed["network"] == round(16 / 62, 4)
     assert meter.speed({12: found[12]}, divided, world, 100) is None, "measured alone at another resolution"
-    assert divided.speeds.now([4.0, 2.0]).micro_batch == [8.0, 4.0], "the fastest as fast as it was when alone"
+    now = Speeds([1.0, 4.0], [2.0, 4.0], 8, [0.5, 1.0]).now([4.0, 2.0])
+    assert now.micro_batch == [8.0, 4.0], "the fastest as fast as it was when alone"
+    assert now.updates == [16.0, 4.0] and now.rest == [4.0, 1.0], "and the other eight times as slow in all"
 
 
 def test_auto_communication_counts_with_shares_that_suit_the_speeds():

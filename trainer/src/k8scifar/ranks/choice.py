@@ -23,7 +23,7 @@ from k8scifar.ranks.agree import gather
 from k8scifar.ranks.device import autocast
 from k8scifar.ranks.exchange import AllReduce, SharesWork
 from k8scifar.ranks.modes import KINDS
-from k8scifar.ranks.shares import Speeds, duration
+from k8scifar.ranks.shares import Speeds
 from k8scifar.ranks.world import World
 
 GOOD = 0.95  # of the fastest choice's speed is enough: the most exact choice that promises it is taken
@@ -146,8 +146,21 @@ def alone(trial: Trial, pixels: int) -> Speeds:
         seconds = min(_seconds(lambda: trial.step(trial.ddp.module), world) for _ in range(2)) / trial.together
     if isinstance(trial.optimizer, SharesWork):
         updates = min(_seconds(trial.optimizer.rehearse, world) for _ in range(2))
-    everyone = gather(torch.tensor([seconds, updates], dtype=torch.float64), world)
-    return Speeds(everyone[:, 0].tolist(), everyone[:, 1].tolist(), pixels)
+    plain = _plain_step(trial)
+    rest = min(_seconds(plain, world) for _ in range(2))
+    everyone = gather(torch.tensor([seconds, updates, rest], dtype=torch.float64), world)
+    own, directions, steps = everyone.T.tolist()
+    return Speeds(own, directions, pixels, steps)
+
+
+def _plain_step(trial: Trial) -> Callable[[], Any]:
+    """A step of SGD of a copy of the weights, as each rank takes it whatever its share."""
+    copies = [weight.detach().clone() for weight in trial.ddp.parameters()]
+    for weight in copies:
+        weight.grad = torch.zeros_like(weight)
+    step = torch.optim.SGD(copies, lr=0.1, momentum=0.9, nesterov=True, foreach=True).step
+    step()  # the first one makes the momenta
+    return step
 
 
 def measure(trial: Trial, speeds: Speeds, counts: list[int]) -> Times:
@@ -180,7 +193,7 @@ def measure(trial: Trial, speeds: Speeds, counts: list[int]) -> Times:
         sum(counts) / len(counts) * compute,
         exposed,
         max(speeds.updates),
-        duration(counts, speeds.micro_batch),
+        max(count * each for count, each in zip(counts, speeds.micro_batch, strict=True)),
     )
 
 

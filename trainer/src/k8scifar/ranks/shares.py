@@ -6,8 +6,9 @@ a run that resumes at the same world size goes on with it, so that it stays equa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from k8scifar.config.schema import Config
@@ -25,23 +26,52 @@ class Speeds:
     micro_batch: list[float]  # seconds: augmenting, forward, backward
     updates: list[float]  # seconds of all of Muon's directions; 0 in SGD
     pixels: int  # height and width of the images
+    rest: list[float] = field(default_factory=list)  # seconds of what no rank is spared: a plain step of the optimiser
+
+    def busy(self, counts: Sequence[int]) -> list[float]:
+        """Seconds of each rank's step with so many micro-batches, Muon's directions and the wire left out."""
+        rest = self.rest or [0.0] * len(counts)  # former checkpoints do not say
+        return [count * each + own for count, each, own in zip(counts, self.micro_batch, rest, strict=True)]
+
+    def step(self, counts: Sequence[int]) -> float:
+        """Seconds of a step, the wire left out, if Muon's directions fill what the ranks have left."""
+        busy = self.busy(counts)
+        if not all(self.updates):
+            return max(busy)
+        begun = rate = together = 0.0
+        ranks = sorted(zip(busy, self.updates, strict=True))
+        for (own, updates), after in zip(ranks, [*sorted(busy)[1:], math.inf], strict=True):
+            begun, rate = begun + own / updates, rate + 1 / updates
+            together = (1 + begun) / rate  # when the ranks so far are done with all directions
+            if together <= after:
+                break
+        return max(together, *busy)
+
+    def least(self, micro_batches: int) -> float:
+        """As `step`, if micro-batches could be cut anywhere."""
+        rates = [1 / each for each in self.micro_batch]
+        fixed = sum(rate * own for rate, own in zip(rates, self.busy([0] * len(rates)), strict=True))
+        updates = sum(rate * each for rate, each in zip(rates, self.updates, strict=True)) / len(rates)
+        return (micro_batches + fixed + updates) / sum(rates)
 
     def alone(self, nodes: list[list[int]], micro_batches: int, global_batch: int) -> list[float]:
-        """Images a second of each node, if it trained alone. SGD's own step is left out: 2 % of a step or less."""
-        found = []
-        for ranks in nodes:
-            seconds = sum(micro_batches * self.micro_batch[rank] + self.updates[rank] for rank in ranks) / len(ranks)
-            found.append(global_batch * len(ranks) / seconds)
-        return found
+        """Images a second of each node, if it trained alone."""
+        busy = self.busy([micro_batches] * len(self.micro_batch))
+        return [
+            global_batch * len(ranks) ** 2 / sum(busy[rank] + self.updates[rank] for rank in ranks) for ranks in nodes
+        ]
 
     def now(self, seconds: list[float]) -> Speeds:
         """As training has shown them since: a micro-batch's `seconds` by rank, of whatever resolution.
 
-        The fastest rank is taken to be as fast as it was.
+        The fastest rank is taken to be as fast as it was, and a slower one to be slower in all that it does.
         """
         fastest = seconds.index(min(seconds))
         scale = self.micro_batch[fastest] / seconds[fastest]
-        return Speeds([scale * each for each in seconds], self.updates, self.pixels)
+        times = [scale * now / then for now, then in zip(seconds, self.micro_batch, strict=True)]
+        parts = (self.micro_batch, self.updates, self.rest or [0.0] * len(times))
+        own, updates, rest = ([by * each for by, each in zip(times, part, strict=True)] for part in parts)
+        return Speeds(own, updates, self.pixels, rest)
 
 
 @dataclass(frozen=True)
@@ -72,6 +102,18 @@ class Shares:
             return [1.0] * len(seconds)
         return [max(seconds) / each for each in seconds]
 
+    @property
+    def later(self) -> list[float]:
+        """When each rank begins with Muon's directions, the first at 0.0; 1.0 is how long all take the slowest rank."""
+        whole = max(self.speeds.updates) if self.speeds else 0.0
+        if not whole:
+            return [0.0] * len(self.counts)
+        speeds = self.speeds
+        if set(self.relative) == {1.0}:  # what differs is noise
+            speeds = Speeds([max(speeds.micro_batch)] * len(self.counts), speeds.updates, speeds.pixels)
+        begins = speeds.busy(self.counts)
+        return [(each - min(begins)) / whole for each in begins]
+
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""
         return asdict(self)
@@ -95,29 +137,34 @@ def equal(micro_batches: int, ranks: int) -> list[int]:
     return [micro_batches // ranks + (rank < micro_batches % ranks) for rank in range(ranks)]
 
 
-def divide(micro_batches: int, seconds: Sequence[float]) -> list[int]:
-    """The division whose slowest rank is done first: each has one, each further goes to who is soonest done with it.
+def divide(micro_batches: int, speeds: Speeds) -> list[int]:
+    """The division with the shortest step: each rank has one, each further goes to who is soonest done with it.
 
-    `seconds`: of a micro-batch, by rank. Raises ValueError where there are more ranks than micro-batches.
+    Then single ones move from rank to rank for as long as that shortens the step. Raises ValueError where
+    there are more ranks than micro-batches.
     """
-    if micro_batches < len(seconds):
-        raise ValueError(f"{len(seconds)} ranks can't share {micro_batches} micro-batches")
-    counts = [1] * len(seconds)
-    for _ in range(micro_batches - len(seconds)):
-        done = [(count + 1) * each for count, each in zip(counts, seconds, strict=True)]
+    ranks = range(len(speeds.micro_batch))
+    if micro_batches < len(ranks):
+        raise ValueError(f"{len(ranks)} ranks can't share {micro_batches} micro-batches")
+    counts = [1] * len(ranks)
+    for _ in range(micro_batches - len(ranks)):
+        done = speeds.busy([count + 1 for count in counts])
         counts[done.index(min(done))] += 1
-    return counts
+    while True:
+        pairs = [(giver, taker) for giver in ranks for taker in ranks if giver != taker and counts[giver] > 1]
+        moved = [
+            [count + (rank == taker) - (rank == giver) for rank, count in enumerate(counts)] for giver, taker in pairs
+        ]
+        best = min(moved, key=speeds.step, default=counts)
+        if speeds.step(best) >= speeds.step(counts):
+            return counts
+        counts = best
 
 
-def duration(counts: Sequence[int], seconds: Sequence[float]) -> float:
-    """Seconds until the last rank is done with its micro-batches."""
-    return max(count * each for count, each in zip(counts, seconds, strict=True))
-
-
-def better(counts: list[int], seconds: Sequence[float]) -> list[int]:
+def better(counts: list[int], speeds: Speeds) -> list[int]:
     """The division that suits these speeds, if it is clearly faster than `counts`; else `counts`."""
-    best = divide(sum(counts), seconds)
-    return best if duration(counts, seconds) > GAIN * duration(best, seconds) else counts
+    best = divide(sum(counts), speeds)
+    return best if speeds.step(counts) > GAIN * speeds.step(best) else counts
 
 
 def nodes(world: World) -> list[list[int]]:
@@ -151,10 +198,9 @@ def choose(
         speeds = measure()
         shares, why = Shares(even, speeds), "as distributed.share says"
         if follows(config, world, mode):
-            shares = Shares(better(even, speeds.micro_batch), speeds)
+            shares = Shares(better(even, speeds), speeds)
             why = "by speed" if shares.counts != even else "no other division is clearly faster"
-            best = micro_batches / sum(1 / each for each in speeds.micro_batch)  # seconds, if shares could be any
-            if duration(shares.counts, speeds.micro_batch) > 1.25 * best:
+            if speeds.step(shares.counts) > 1.25 * speeds.least(micro_batches):
                 why += "; a smaller micro_batch would let the faster one take more"
         elif mode == LocalSGD.name:
             why = "local SGD takes equal shares"

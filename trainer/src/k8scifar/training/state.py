@@ -103,7 +103,7 @@ class State:
     def take_shares(self, shares: Shares) -> None:
         """Divide the work so from now on: before `restore`, or when the ranks' statistics are equal."""
         self.shares = shares
-        self.exchange.divide_updates(shares.relative)
+        self.exchange.divide_updates(shares.relative, shares.later)
 
     def passes(self, micro_batches: torch.Tensor) -> Sequence[torch.Tensor]:
         """This rank's part of a step, int64 [micro-batches, images], cut into what is computed in one pass."""

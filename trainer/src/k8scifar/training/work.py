@@ -48,7 +48,7 @@ def settle(
     def wire() -> choice.Times:
         counts = before.counts if before else shares.equal(config.micro_batches, world.size)
         if config.distributed.share == "auto" and not before:
-            counts = shares.better(counts, speeds().micro_batch)
+            counts = shares.better(counts, speeds())
         return choice.measure(trial, speeds(), counts)
 
     chosen, why = choice.choose(config, world, kept.get("comm"), model.parameters(state.net), wire)
@@ -66,9 +66,9 @@ def follow(config: Config, world: World, state: State, seconds: list[float]) -> 
     old = state.shares
     if old.speeds is None or not shares.follows(config, world, state.exchange.name):
         return ""
-    counts = shares.better(old.counts, seconds)
+    now = old.speeds.now(seconds)
+    counts = shares.better(old.counts, now)
     if counts == old.counts:
         return ""
-    now = old.speeds.now(seconds)
     state.take_shares(shares.Shares(counts, now))
     return f"shares: {state.shares} from step {state.step} on; {shares.slow(now, world)}"
