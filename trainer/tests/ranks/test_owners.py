@@ -38,6 +38,19 @@ def test_byte_format_keeps_what_it_rounds_off_and_tells_what_is_not_finite():
         assert not read[0].isfinite().all() and read[1:].isfinite().all()
 
 
+def test_a_row_whose_gradients_have_died_stays_finite():
+    """What is rounded off it shrinks from step to step, to numbers whose inverse is infinite."""
+    form, matrix, rest = Bytes(), torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.bfloat16)
+    matrix[0] = torch.linspace(-1.0, 1.0, 8)
+    sent, found = torch.empty(form.size(2, 8), dtype=torch.uint8), torch.empty(2, 8)
+    for step in range(40):
+        form.write(matrix, 1.0, rest, sent)
+        form.read(sent, found)
+        assert found.isfinite().all() and rest.isfinite().all(), step
+        matrix.zero_()
+    assert rest.abs().max() < 1e-20, "the steps come to where it matters"
+
+
 def test_owners_weigh_bytes_and_work_and_speed():
     assert divide([4e9, 1e9, 1e9, 1e9, 1e9], [10] * 5, [1.0, 1.0], [0.0, 0.0]) == [0, 1, 1, 1, 1]
     assert divide([1.0] * 4, [4_000_000, 1_000_000, 1_000_000, 2_000_000], [1.0, 1.0], [0.0, 0.0]) == [0, 1, 1, 1]

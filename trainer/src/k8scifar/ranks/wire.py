@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 
 ALIGNED = 16  # bytes: each piece of a message begins at a multiple, so that it can be viewed as any type
+TINY = 1e-30  # a row's scale below which it is sent as zeros: 1 / scale would soon be infinite
 BLOCK = 2**16  # elements that are worked on at once: they stay in the cache over the passes
 
 
@@ -74,7 +75,7 @@ class Int8(Float32):
             whole, rounded = (part[: matrix[rows].numel()].view_as(matrix[rows]) for part in scratch)
             torch.add(matrix[rows], rest[rows], out=whole)
             scale = torch.linalg.vector_norm(whole, torch.inf, dim=1, keepdim=True).div_(127)
-            inverse = torch.where(scale == 0, 0.0, 1 / scale)
+            inverse = torch.where(scale < TINY, 0.0, 1 / scale)
             torch.mul(whole, inverse, out=rounded).round_()
             values[rows].copy_(rounded)
             rest[rows].copy_(whole.addcmul_(rounded, scale, value=-1))
