@@ -143,7 +143,7 @@ def every_division(micro_batches, ranks):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_no_other_division_makes_a_shorter_step(ranks):
-    """Muon's directions, which go to whoever has time left, and what no rank is spared are counted in."""
+    """What no rank is spared is counted in."""
     torch.manual_seed(0)
     for _ in range(40):
         own, updates, rest = ((torch.rand(ranks) + 0.2).tolist() for _ in range(3))
@@ -154,17 +154,11 @@ def test_no_other_division_makes_a_shorter_step(ranks):
         assert speeds.least(7) <= least * 1.5
 
 
-def test_a_step_is_as_long_as_the_best_division_of_muon_s_directions():
-    """Tried out in thousandths."""
-    for counts, speeds in (
-        ([4, 2], Speeds([1.0, 2.2], [1.9, 4.2], 8, [0.5, 1.2])),
-        ([5, 1], Speeds([1.0, 2.2], [1.9, 4.2], 8, [0.5, 1.2])),
-        ([1, 1], Speeds([1.0, 9.0], [1.0, 1.0], 8)),
-    ):
-        busy = speeds.busy(counts)
-        parts = [part / 1000 for part in range(1001)]
-        tried = [max(busy[0] + a * speeds.updates[0], busy[1] + (1 - a) * speeds.updates[1]) for a in parts]
-        assert speeds.step(counts) == pytest.approx(min(tried), rel=1e-2)
+def test_a_step_is_the_last_rank_s_micro_batches_and_then_the_directions():
+    speeds = Speeds([1.0, 2.4], [2.0, 4.0], 8, [0.5, 1.0])
+    assert speeds.step([4, 2]) == pytest.approx(2 * 2.4 + 1.0 + 4 / 3)
+    assert speeds.step([5, 1]) == pytest.approx(5.5 + 4 / 3) and shares.divide(6, speeds) == [5, 1]
+    assert shares.divide(6, Speeds([1.0, 2.0], [2.0, 4.0], 8, [0.5, 1.0])) == [4, 2]
     assert Speeds([1.0, 2.0], [0.0, 0.0], 8).step([3, 1]) == 3.0
 
 

@@ -6,7 +6,6 @@ a run that resumes at the same world size goes on with it, so that it stays equa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,25 +33,18 @@ class Speeds:
         return [count * each + own for count, each, own in zip(counts, self.micro_batch, rest, strict=True)]
 
     def step(self, counts: Sequence[int]) -> float:
-        """Seconds of a step, the wire left out, if Muon's directions fill what the ranks have left."""
-        busy = self.busy(counts)
-        if not all(self.updates):
-            return max(busy)
-        begun = rate = together = 0.0
-        ranks = sorted(zip(busy, self.updates, strict=True))
-        for (own, updates), after in zip(ranks, [*sorted(busy)[1:], math.inf], strict=True):
-            begun, rate = begun + own / updates, rate + 1 / updates
-            together = (1 + begun) / rate  # when the ranks so far are done with all directions
-            if together <= after:
-                break
-        return max(together, *busy)
+        """Seconds of a step, the wire left out: Muon's directions follow when the last rank has its gradients."""
+        return max(self.busy(counts)) + self._directions()
 
     def least(self, micro_batches: int) -> float:
         """As `step`, if micro-batches could be cut anywhere."""
         rates = [1 / each for each in self.micro_batch]
         fixed = sum(rate * own for rate, own in zip(rates, self.busy([0] * len(rates)), strict=True))
-        updates = sum(rate * each for rate, each in zip(rates, self.updates, strict=True)) / len(rates)
-        return (micro_batches + fixed + updates) / sum(rates)
+        return (micro_batches + fixed) / sum(rates) + self._directions()
+
+    def _directions(self) -> float:
+        """Seconds of Muon's directions, each rank with as many of them as it is fast."""
+        return 1 / sum(1 / each for each in self.updates) if all(self.updates) else 0.0
 
     def alone(self, nodes: list[list[int]], micro_batches: int, global_batch: int) -> list[float]:
         """Images a second of each node, if it trained alone."""
@@ -140,25 +132,16 @@ def equal(micro_batches: int, ranks: int) -> list[int]:
 def divide(micro_batches: int, speeds: Speeds) -> list[int]:
     """The division with the shortest step: each rank has one, each further goes to who is soonest done with it.
 
-    Then single ones move from rank to rank for as long as that shortens the step. Raises ValueError where
-    there are more ranks than micro-batches.
+    Raises ValueError where there are more ranks than micro-batches.
     """
-    ranks = range(len(speeds.micro_batch))
-    if micro_batches < len(ranks):
-        raise ValueError(f"{len(ranks)} ranks can't share {micro_batches} micro-batches")
-    counts = [1] * len(ranks)
-    for _ in range(micro_batches - len(ranks)):
+    ranks = len(speeds.micro_batch)
+    if micro_batches < ranks:
+        raise ValueError(f"{ranks} ranks can't share {micro_batches} micro-batches")
+    counts = [1] * ranks
+    for _ in range(micro_batches - ranks):
         done = speeds.busy([count + 1 for count in counts])
         counts[done.index(min(done))] += 1
-    while True:
-        pairs = [(giver, taker) for giver in ranks for taker in ranks if giver != taker and counts[giver] > 1]
-        moved = [
-            [count + (rank == taker) - (rank == giver) for rank, count in enumerate(counts)] for giver, taker in pairs
-        ]
-        best = min(moved, key=speeds.step, default=counts)
-        if speeds.step(best) >= speeds.step(counts):
-            return counts
-        counts = best
+    return counts
 
 
 def better(counts: list[int], speeds: Speeds) -> list[int]:
