@@ -42,7 +42,7 @@ def exact(world: World) -> None:
     (net, optimizer), (alone, reference) = build(), build()
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True)
     exchange = AllReduce(Config(), world, ddp, optimizer)
-    exchange.divide_updates(SPEEDS, [0.0] * world.size)
+    exchange.divide_updates(SPEEDS)
     for step in range(6):
         means = [torch.zeros_like(parameter) for parameter in alone.parameters()]
         for rank in range(RANKS):
@@ -61,7 +61,7 @@ def exact(world: World) -> None:
         assert all(map(torch.equal, net.parameters(), alone.parameters())), f"rank {world.rank}, step {step}"
         if step == 2:
             before = [exchange.owner(parameter) for parameter in optimizer.hidden]
-            exchange.divide_updates(LATER, [0.0] * world.size)
+            exchange.divide_updates(LATER)
             assert before != [exchange.owner(parameter) for parameter in optimizer.hidden]
     exchange.snapshot()
     if world.is_main:
@@ -75,7 +75,7 @@ def rounded(world: World) -> None:
     net, optimizer = build()
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True)
     exchange = Int8(Config(), world, ddp, optimizer)
-    exchange.divide_updates(SPEEDS, [0.0] * world.size)
+    exchange.divide_updates(SPEEDS)
     wanted, taken, asked, made = ({weight: 0.0 for weight in optimizer.hidden} for _ in range(4))
     direction = optimizer.direction
 
@@ -99,7 +99,7 @@ def rounded(world: World) -> None:
             made[weight] += weight.grad.movedim(1, -1).flatten(1)
         optimizer.zero_grad(set_to_none=False)
         if step == 2:
-            exchange.divide_updates(LATER, [0.0] * world.size)
+            exchange.divide_updates(LATER)
     saved = exchange.snapshot()
     flat = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
     everyone = [torch.empty_like(flat) for _ in range(RANKS)]

@@ -52,11 +52,7 @@ def test_a_row_whose_gradients_have_died_stays_finite():
 
 
 def test_owners_weigh_bytes_and_work_and_speed():
-    assert divide([4e9, 1e9, 1e9, 1e9, 1e9], [10] * 5, [1.0, 1.0], [0.0, 0.0]) == [0, 1, 1, 1, 1]
-    assert divide([1.0] * 4, [4_000_000, 1_000_000, 1_000_000, 2_000_000], [1.0, 1.0], [0.0, 0.0]) == [0, 1, 1, 1]
-    assert divide([3e9] * 4, [1] * 4, [3.0, 1.0], [0.0, 0.0]).count(0) == 3
-    assert divide([1.0] * 4, [1_000_000] * 4, [3.0, 1.0], [0.0, 0.0]).count(0) == 2, (
-        "the wire of a fast rank is no faster"
-    )
-    assert divide([3e9] * 4, [1] * 4, [1.0, 1.0], [0.0, 0.5]).count(0) == 3, "the second begins half of all work later"
-    assert divide([3e9] * 4, [1] * 4, [1.0, 1.0], [0.0, 1.5]).count(0) == 4, "too late for any"
+    assert divide([4e9, 1e9, 1e9, 1e9, 1e9], [10] * 5, [1.0, 1.0]) == [0, 1, 1, 1, 1]
+    assert divide([1.0] * 4, [4_000_000, 1_000_000, 1_000_000, 2_000_000], [1.0, 1.0]) == [0, 1, 1, 1]
+    assert divide([3e9] * 4, [1] * 4, [3.0, 1.0]).count(0) == 3
+    assert divide([1.0] * 4, [1_000_000] * 4, [3.0, 1.0]).count(0) == 2, "the wire of a fast rank is no faster"

@@ -162,16 +162,10 @@ def test_a_step_is_the_last_rank_s_micro_batches_and_then_the_directions():
     assert Speeds([1.0, 2.0], [0.0, 0.0], 8).step([3, 1]) == 3.0
 
 
-def test_who_is_done_later_with_its_micro_batches_begins_later_with_the_directions():
-    divided = Shares([4, 2], Speeds([1.0, 2.2], [2.0, 4.0], 8, [0.5, 1.2]))
-    assert divided.later == pytest.approx([0.0, (2 * 2.2 + 1.2 - 4.5) / 4.0])
-    assert Shares([2, 2], Speeds([1.0, 1.05], [1.0, 1.05], 8, [0.1, 0.2])).later == [0.0, 0.0], "noise"
-    assert Shares([2, 1], Speeds([1.0, 1.0], [2.0, 2.0], 8)).later == [0.5, 0.0]
-    assert Shares([3, 1], Speeds([1.0, 2.0], [0.0, 0.0], 8)).later == [0.0, 0.0] == Shares([3, 1]).later
-    former = Shares.from_saved(
-        {"counts": [3, 1], "speeds": {"micro_batch": [1.0, 2.0], "updates": [1.0, 2.0], "pixels": 8}}, 4, 2
-    )
-    assert former.later == [0.5, 0.0], "a checkpoint that does not say what no rank is spared"
+def test_a_checkpoint_that_does_not_say_what_no_rank_is_spared_is_taken_over():
+    speeds = {"micro_batch": [1.0, 2.0], "updates": [1.0, 2.0], "pixels": 8}
+    former = Shares.from_saved({"counts": [3, 1], "speeds": speeds}, 4, 2)
+    assert former.speeds.busy(former.counts) == [3.0, 2.0]
 
 
 def test_more_ranks_than_micro_batches_are_refused():

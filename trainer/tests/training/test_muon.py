@@ -97,13 +97,13 @@ def test_work_is_divided_evenly_and_counted(resnet18):
     costs = [muon.flops(weight, 5) for weight in hidden]
     sizes = [weight.numel() for weight in hidden]
     for speeds in ([1.0], [1.0] * 2, [1.0] * 4, [2.0, 1.0]):
-        owners = divide(costs, sizes, speeds, [0.0] * len(speeds))
+        owners = divide(costs, sizes, speeds)
         assert set(owners) == set(range(len(speeds)))
         busy = [0.0] * len(speeds)
         for cost, size, owner in zip(costs, sizes, owners, strict=True):
             busy[owner] += cost / speeds[owner] + PER_NUMBER * size
         assert max(busy) < 1.35 * sum(busy) / len(busy), "computing and receiving"
-    received = [size for size, owner in zip(sizes, divide(costs, sizes, [1.0, 1.0], [0.0, 0.0]), strict=True) if owner]
+    received = [size for size, owner in zip(sizes, divide(costs, sizes, [1.0, 1.0]), strict=True) if owner]
     assert sum(received) == pytest.approx(sum(sizes) / 2, rel=0.1)
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -72,7 +72,7 @@ class AllReduce:
         self._formats = Formats(self.there, self.back, self._zeros(self.there), self._zeros(self.back))
         self._owners: Owners | None = None
         self._begun = False  # whether there is anything that a change of owners has to move
-        self.divide_updates([1.0] * world.size, [0.0] * world.size)
+        self.divide_updates([1.0] * world.size)
         if isinstance(optimizer, SharesWork):
             optimizer.share(self._direct if self._directs else None)
         hook = self._hook()
@@ -109,19 +109,14 @@ class AllReduce:
         """The parameters whose momentum their owner alone has."""
         return set(self._matrices) if self._directs else set()
 
-    def divide_updates(self, speeds: Sequence[float], later: Sequence[float]) -> None:
-        """Divide the matrices among the ranks; collective, at the beginning or an epoch's end.
-
-        Args:
-            speeds: of the ranks, the slowest 1.0.
-            later: when each begins with its matrices, the first at 0.0; 1.0 is how long all take the slowest rank.
-        """
+    def divide_updates(self, speeds: Sequence[float]) -> None:
+        """Divide the matrices among the ranks by these speeds; collective, at the beginning or an epoch's end."""
         if not self._matrices:
             return
         costs = [
             self._optimizer.cost(parameter) if self._directs else parameter.numel() for parameter in self._matrices
         ]
-        owners = divide(costs, [parameter.numel() for parameter in self._matrices], speeds, later)
+        owners = divide(costs, [parameter.numel() for parameter in self._matrices], speeds)
         if self._begun:
             self._move([{owner} for owner in owners])
         mark = lambda part: self.mark(part)  # noqa: E731 - it is set later

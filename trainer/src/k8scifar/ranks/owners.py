@@ -23,16 +23,15 @@ ROUNDS = 4  # messages in which a rank sends its results: each travels while the
 PER_NUMBER = 5000.0  # operations that a core does while a number goes to its owner and back, at 1 Gb/s
 
 
-def divide(costs: Sequence[float], sizes: Sequence[int], speeds: Sequence[float], later: Sequence[float]) -> list[int]:
+def divide(costs: Sequence[float], sizes: Sequence[int], speeds: Sequence[float]) -> list[int]:
     """The owner of each matrix: the dearest first, each to the rank that is soonest done with computing and receiving.
 
     Args:
         costs: floating point operations of each matrix's step.
         sizes: numbers in each matrix.
-        speeds: of the ranks in computing, the slowest 1.0; all have the same wire.
-        later: when each begins, the first at 0.0; 1.0 is how long all matrices take the slowest rank.
+        speeds: of the ranks in computing, in any unit, about 1; all have the same wire.
     """
-    busy, owners = [(0.0, begins * sum(costs)) for begins in later], [0] * len(costs)
+    busy, owners = [(0.0, 0.0)] * len(speeds), [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda index: -(costs[index] + PER_NUMBER * sizes[index])):
         with_it = [(work + costs[index], load + PER_NUMBER * sizes[index]) for work, load in busy]
         done = [work / speed + load for (work, load), speed in zip(with_it, speeds, strict=True)]

@@ -25,7 +25,9 @@ class Speeds:
     micro_batch: list[float]  # seconds: augmenting, forward, backward
     updates: list[float]  # seconds of all of Muon's directions; 0 in SGD
     pixels: int  # height and width of the images
-    rest: list[float] = field(default_factory=list)  # seconds of what no rank is spared: a plain step of the optimiser
+    rest: list[float] = field(
+        default_factory=list
+    )  # seconds of what no rank is spared: a plain step, and its part in the exchange
 
     def busy(self, counts: Sequence[int]) -> list[float]:
         """Seconds of each rank's step with so many micro-batches, Muon's directions and the wire left out."""
@@ -93,18 +95,6 @@ class Shares:
         if max(seconds) < GAIN * min(seconds):
             return [1.0] * len(seconds)
         return [max(seconds) / each for each in seconds]
-
-    @property
-    def later(self) -> list[float]:
-        """When each rank begins with Muon's directions, the first at 0.0; 1.0 is how long all take the slowest rank."""
-        whole = max(self.speeds.updates) if self.speeds else 0.0
-        if not whole:
-            return [0.0] * len(self.counts)
-        speeds = self.speeds
-        if set(self.relative) == {1.0}:  # what differs is noise
-            speeds = Speeds([max(speeds.micro_batch)] * len(self.counts), speeds.updates, speeds.pixels)
-        begins = speeds.busy(self.counts)
-        return [(each - min(begins)) / whole for each in begins]
 
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -102,11 +102,9 @@ class State:
 
     def take_shares(self, shares: Shares) -> None:
         """Divide the work so from now on: before `restore`, or when the ranks' statistics are equal."""
-        self.shares, ranks = shares, self.world.size
-        speeds, later = [1.0] * ranks, [0.0] * ranks
-        if self.config.distributed.share == "auto":
-            speeds, later = shares.relative, shares.later
-        self.exchange.divide_updates(speeds, later)
+        self.shares = shares
+        by_speed = self.config.distributed.share == "auto"
+        self.exchange.divide_updates(shares.relative if by_speed else [1.0] * self.world.size)
 
     def passes(self, micro_batches: torch.Tensor) -> Sequence[torch.Tensor]:
         """This rank's part of a step, int64 [micro-batches, images], cut into what is computed in one pass."""
