@@ -45,13 +45,14 @@ class Convolution(nn.Conv2d):
             return super().forward(images)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
         height, width = (-(-size // step) for size, step in zip(images.shape[2:], self.stride, strict=True))
-        fewer = self.stride == (1, 1) and min(self.in_channels, self.out_channels) >= WINOGRAD[kind(dtype)]
+        channels = min(self.in_channels, self.out_channels)
+        fewer = self.stride == (1, 1) and min(height, width) > 1 and channels >= WINOGRAD[kind(dtype)]
         everywhere, of_weights = (self.out_channels >= few * height * width for few in FEW[kind(dtype)])
-        if fewer and min(height, width) > 1:
-            return winograd.convolve(images.to(dtype).contiguous(memory_format=torch.channels_last), self.weight)
-        if not (everywhere or of_weights):
+        if not (fewer or everywhere or of_weights):
             return super().forward(images)
         images = images.to(dtype).contiguous(memory_format=torch.channels_last)
+        if fewer:
+            return winograd.convolve(images, self.weight)
         return _Products.apply(images, self.weight.to(dtype), self.stride[0], everywhere)
 
 
