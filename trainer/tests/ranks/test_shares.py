@@ -155,10 +155,10 @@ def test_no_other_division_makes_a_shorter_step(ranks):
 
 
 def test_a_step_is_the_last_rank_s_micro_batches_and_then_the_directions():
-    speeds = Speeds([1.0, 2.4], [2.0, 4.0], 8, [0.5, 1.0])
+    speeds = Speeds([1.0, 2.4], [2.0, 4.0], 8, [0.25, 0.5])  # and as much again for the exchange
     assert speeds.step([4, 2]) == pytest.approx(2 * 2.4 + 1.0 + 4 / 3)
     assert speeds.step([5, 1]) == pytest.approx(5.5 + 4 / 3) and shares.divide(6, speeds) == [5, 1]
-    assert shares.divide(6, Speeds([1.0, 2.0], [2.0, 4.0], 8, [0.5, 1.0])) == [4, 2]
+    assert shares.divide(6, Speeds([1.0, 2.0], [2.0, 4.0], 8, [0.25, 0.5])) == [4, 2]
     assert Speeds([1.0, 2.0], [0.0, 0.0], 8).step([3, 1]) == 3.0
 
 
@@ -208,6 +208,8 @@ def test_ranks_of_one_machine_share_its_speed():
     nodes = [[0, 1], [2, 3]]
     assert Speeds([1.0, 1.0, 2.0, 2.0], [0.0] * 4, 8).alone(nodes, 4, 100) == [50.0, 25.0]
     assert Speeds([1.0, 2.0], [1.0, 2.0], 8).alone([[0], [1]], 4, 100) == [20.0, 10.0], "Muon's directions included"
+    plain = Speeds([1.0, 2.0], [0.0, 0.0], 8, [1.0, 2.0])
+    assert plain.alone([[0], [1]], 4, 100) == [20.0, 10.0], "a plain step included, and no exchange"
 
 
 class Clock:

@@ -29,7 +29,6 @@ from k8scifar.ranks.world import World
 GOOD = 0.95  # of the fastest choice's speed is enough: the most exact choice that promises it is taken
 PERIODS = (0.5, 0.75, 1)  # times distributed.local_sgd_steps between two averagings
 COST = "in a run of 200 steps, averaging every 8 of them cost one to two points of accuracy, every 4 less than one"
-PLAIN_STEPS = 2.0  # of the optimiser: as long as its own one and its part in the exchange take a rank's processor
 PATIENCE = 1.0  # seconds; a trial of the wire that takes longer is not repeated
 
 
@@ -148,7 +147,7 @@ def alone(trial: Trial, pixels: int) -> Speeds:
     if isinstance(trial.optimizer, SharesWork):
         updates = min(_seconds(trial.optimizer.rehearse, world) for _ in range(2))
     plain = _plain_step(trial)
-    rest = PLAIN_STEPS * min(_seconds(plain, world) for _ in range(2))
+    rest = min(_seconds(plain, world) for _ in range(2))
     everyone = gather(torch.tensor([seconds, updates, rest], dtype=torch.float64), world)
     own, directions, steps = everyone.T.tolist()
     return Speeds(own, directions, pixels, steps)

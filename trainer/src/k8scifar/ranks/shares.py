@@ -15,6 +15,7 @@ from k8scifar.ranks.local_sgd import LocalSGD
 from k8scifar.ranks.world import World
 
 GAIN = 1.1  # times as fast a division must promise to be before it takes the place of the one there is: noise is less
+PLAIN_STEPS = 2.0  # of the optimiser: as long as its own one and its part in the exchange take a rank's processor
 MANY = 8  # ranks, beyond which their shares are not told one by one
 
 
@@ -25,14 +26,17 @@ class Speeds:
     micro_batch: list[float]  # seconds: augmenting, forward, backward
     updates: list[float]  # seconds of all of Muon's directions; 0 in SGD
     pixels: int  # height and width of the images
-    rest: list[float] = field(
-        default_factory=list
-    )  # seconds of what no rank is spared: a plain step, and its part in the exchange
+    rest: list[float] = field(default_factory=list)  # seconds of a plain step; empty in former checkpoints
+
+    @property
+    def plain(self) -> list[float]:
+        """Seconds of a plain step of the optimiser, 0.0 where nobody has measured it."""
+        return self.rest or [0.0] * len(self.micro_batch)
 
     def busy(self, counts: Sequence[int]) -> list[float]:
-        """Seconds of each rank's step with so many micro-batches, Muon's directions and the wire left out."""
-        rest = self.rest or [0.0] * len(counts)  # former checkpoints do not say
-        return [count * each + own for count, each, own in zip(counts, self.micro_batch, rest, strict=True)]
+        """Seconds of each rank's step with so many micro-batches and its exchange, Muon's directions left out."""
+        parts = zip(counts, self.micro_batch, self.plain, strict=True)
+        return [count * each + PLAIN_STEPS * own for count, each, own in parts]
 
     def step(self, counts: Sequence[int]) -> float:
         """Seconds of a step, the wire left out: Muon's directions follow when the last rank has its gradients."""
@@ -50,10 +54,11 @@ class Speeds:
 
     def alone(self, nodes: list[list[int]], micro_batches: int, global_batch: int) -> list[float]:
         """Images a second of each node, if it trained alone."""
-        busy = self.busy([micro_batches] * len(self.micro_batch))
-        return [
-            global_batch * len(ranks) ** 2 / sum(busy[rank] + self.updates[rank] for rank in ranks) for ranks in nodes
+        steps = [
+            micro_batches * own + updates + plain
+            for own, updates, plain in zip(self.micro_batch, self.updates, self.plain, strict=True)
         ]
+        return [global_batch * len(ranks) ** 2 / sum(steps[rank] for rank in ranks) for ranks in nodes]
 
     def now(self, seconds: list[float]) -> Speeds:
         """As training has shown them since: a micro-batch's `seconds` by rank, of whatever resolution.
@@ -63,7 +68,7 @@ class Speeds:
         fastest = seconds.index(min(seconds))
         scale = self.micro_batch[fastest] / seconds[fastest]
         times = [scale * now / then for now, then in zip(seconds, self.micro_batch, strict=True)]
-        parts = (self.micro_batch, self.updates, self.rest or [0.0] * len(times))
+        parts = (self.micro_batch, self.updates, self.plain)
         own, updates, rest = ([by * each for by, each in zip(times, part, strict=True)] for part in parts)
         return Speeds(own, updates, self.pixels, rest)
 
