@@ -65,7 +65,7 @@ def test_with_fewer_multiplications_they_are_those_of_torch_too(forms, monkeypat
 
 
 def test_fewer_multiplications_cost_little_precision(forms):
-    """About eight times what torch's own form rounds off in float32; bf16 rounds off ten thousand times that."""
+    """About eight times what torch's own form rounds off in float32; bf16 rounds off a thousand times as much."""
     torch.manual_seed(1)
     own = nn.Conv2d(64, 64, 3, 1, 1, bias=False).to(memory_format=torch.channels_last)
     images = torch.randn(8, 64, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
