@@ -17,8 +17,7 @@ def measure(options: Options) -> dict:
     before = {name: os.environ.get(name) for name in ISA}
     os.environ.update(ISA)
     try:
-        # `auto` asks the processor, which has more than it may use here.
-        return row_time.measure(options, hardware__precision="fp32")
+        return row_time.measure(options)  # precision `auto` heeds ONEDNN_MAX_CPU_ISA
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -10,7 +10,6 @@ import json
 import os
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from harness import CannotRun, Options, plain, sets, train_steps
 
@@ -22,16 +21,13 @@ PUBLISHED = {0.94: "published, with flip TTA: 4.35 PFLOP"}
 Curve = list[list[float]]  # [seconds of training, accuracy, operations in PFLOP; the last lacks in old results]
 
 
-def measure(options: Options, **values: Any) -> dict:
-    """Each contender for `minutes` of training, evaluated on the same 2,000 test images; that time left out.
-
-    `values`: settings of ours besides, as harness.sets has them.
-    """
+def measure(options: Options) -> dict:
+    """Each contender for `minutes` of training, evaluated on the same 2,000 test images; that time left out."""
     minutes = 0.02 if options.tiny else options.minutes
     every = "2" if options.tiny else "25"
     watched = {"BENCH_EVALUATE": every, "BENCH_MINUTES": str(minutes)}
     small = {"global_batch": 20, "micro_batch": 10} if options.tiny else {}
-    small |= {"hardware__threads": 1, "evaluation__every_epochs": 0, "evaluation__interim_images": 2000} | values
+    small |= {"hardware__threads": 1, "evaluation__every_epochs": 0, "evaluation__interim_images": 2000}
     curves = {}
     for recipe in os.environ.get("BENCH_RECIPES", "demo").split(","):
         arguments = ["--recipe", recipe, *sets(**small)]

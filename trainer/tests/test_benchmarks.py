@@ -67,12 +67,14 @@ def test_time_to_accuracy_counts_operations_and_draws_the_curves(options, tmp_pa
     import row_avx2
     import row_time
 
+    from k8scifar import machine
     from k8scifar.config import loading
 
     asked = []
 
     def train(_, ranks, steps, *arguments, **environment):
-        asked.append((arguments, {name: os.environ.get(name) for name in row_avx2.ISA}))
+        bf16 = machine.has_bf16(machine.cpu_features())
+        asked.append(({name: os.environ.get(name) for name in row_avx2.ISA}, bf16))
         return {"curve": [(60.0, 0.5, 2), (120.0, 0.8, 4)]}
 
     monkeypatch.setattr(row_time, "train_steps", train)
@@ -110,9 +112,9 @@ def test_time_to_accuracy_counts_operations_and_draws_the_curves(options, tmp_pa
     # The same without bf16: both are told so, and the environment is afterwards as it was.
     monkeypatch.delenv("BENCH_RUNS")
     assert bench.run("avx2", options, tmp_path)
-    (_, before), (arguments, within) = asked
-    assert within == row_avx2.ISA and before == {name: os.environ.get(name) for name in row_avx2.ISA}
-    assert "hardware.precision=fp32" in arguments
+    (before, _), (within, bf16) = asked
+    assert within == row_avx2.ISA and not bf16, "so precision auto is fp32"
+    assert before == {name: os.environ.get(name) for name in row_avx2.ISA}
 
 
 def test_scaling_draws_a_picture_and_a_table(tmp_path):
