@@ -12,6 +12,7 @@ import torch
 from k8scifar.config import loading
 from k8scifar.results import display as displays
 from k8scifar.results import progress
+from k8scifar.training import headline
 from k8scifar.training import session as sessions
 from k8scifar.training.plan import Plan
 from k8scifar.training.session import Session
@@ -63,7 +64,7 @@ def test_time_to_go_is_told_early_and_goes_with_the_resolution(monkeypatch, tmp_
 )
 def test_shorter_training_is_offered_to_processors_without_bf16(device, precision, epochs, offered):
     config, world = SimpleNamespace(epochs=epochs), SimpleNamespace(device=torch.device(device))
-    hint = Session._hint(SimpleNamespace(config=config, world=world, precision=precision))
+    hint = headline.hint(SimpleNamespace(config=config, world=world, precision=precision))
     assert ("--set epochs=1" in hint) == offered
 
 

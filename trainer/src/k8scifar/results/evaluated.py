@@ -23,3 +23,9 @@ def word_of(record: dict[str, Any]) -> str:
 def figure(record: dict[str, Any], name: str) -> Any:
     """A figure (accuracy, loss, images) of the evaluation in this record (summary, epoch), None where there is none."""
     return record.get(PREFIXES[word_of(record)] + name)
+
+
+def best_step(history: list[dict[str, Any]]) -> int | None:
+    """The step of the epoch with the highest accuracy so far, None before the first evaluation."""
+    scored = [(accuracy, -record["step"]) for record in history if (accuracy := figure(record, "accuracy")) is not None]
+    return -max(scored)[1] if scored else None

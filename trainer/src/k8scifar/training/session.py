@@ -23,7 +23,7 @@ from k8scifar.results.display import Display
 from k8scifar.results.outcome import Outcome
 from k8scifar.results.progress import epoch_line
 from k8scifar.results.run_folder import RunFolder
-from k8scifar.training import checkpoint, ending, meter, model, scaling, work
+from k8scifar.training import checkpoint, ending, headline, meter, scaling, work
 from k8scifar.training.clock import StepClock
 from k8scifar.training.evaluation import SHIFT, evaluate
 from k8scifar.training.plan import Plan
@@ -63,7 +63,7 @@ class Session:
         self.meter = meter.Meter(self.clock, world, running=several)
         self.state.exchange.mark = self.clock.mark
         # Last what people see and what writes: nothing is shown or written of a run that could not be opened.
-        self.display = Display(config, manifest, self.plan, self.first_step, world.is_main, self._hint())
+        self.display = Display(config, manifest, self.plan, self.first_step, world.is_main, headline.hint(self))
         self.display.text("configuration", config.to_yaml())
         self.tell = self.display.write if world.is_main else say  # what this node has to say for itself
         self._writer = None
@@ -83,30 +83,9 @@ class Session:
             self._tell_members()
         if changed:
             self.display.write(f"going on with other settings than the checkpoint's: {changed}")
-        self.display.write(self.headline())
+        self.display.write(headline.headline(self))
         if precision.note:
             self.display.write(precision.note)
-
-    def headline(self) -> str:
-        """One line that tells what is about to train."""
-        config, world = self.config, self.world
-        resumed = f"; resuming at step {self.state.step}" if self.state.step else ""
-        return (
-            f"{config.name or config.recipe}: {config.model.name}, {model.parameters(self.state.net):,} parameters, "
-            f"{len(self.train_images):,} + {len(self.evaluated):,} {'held-out ' * bool(config.data.holdout)}images "
-            f"({self.manifest.source}), "
-            f"world size {world.size}, {world.device.type} {self.precision}"
-            f"{', compiled' * config.hardware.compile}, {world.backend}, "
-            f"{torch.get_num_threads()} thread(s) a rank, global batch {config.global_batch}, "
-            f"{config.epochs} epochs of {self.plan.steps_per_epoch} steps{resumed}"
-        )
-
-    def _hint(self) -> str:
-        """What to do where training takes long for want of bf16."""
-        if self.world.device.type != "cpu" or self.precision != "fp32" or self.config.epochs == 1:
-            return ""
-        ask = 'epochs=1 under another name (make train NAME=look ARGS="--set epochs=1")'
-        return f"; this processor has no bf16: for a quick look, {ask}"
 
     @property
     def wants_checkpoint(self) -> bool:
@@ -135,7 +114,7 @@ class Session:
         if self._writer and behind:
             self.tell(f"checkpoint of step {state.step} left out: the volume is still busy with former ones")
         elif self._writer:
-            self._writer.save(payload, state.step, best_step(state.history))
+            self._writer.save(payload, state.step, evaluated.best_step(state.history))
         self._saved = time.monotonic()
         self._stalled += self._saved - begun
         self.clock.mark("between steps")
@@ -326,13 +305,3 @@ class Session:
             if writer.late:
                 raise writer.late
         return self._written
-
-
-def best_step(history: list[dict[str, Any]]) -> int | None:
-    """The step of the epoch with the highest accuracy so far, None before the first evaluation."""
-    scored = [
-        (accuracy, -record["step"])
-        for record in history
-        if (accuracy := evaluated.figure(record, "accuracy")) is not None
-    ]
-    return -max(scored)[1] if scored else None
