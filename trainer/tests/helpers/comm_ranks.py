@@ -88,6 +88,16 @@ def told(measure, seconds):
     return wrapper
 
 
+def as_told(timed):
+    """`timed` of choice: the steps are taken, and what the told speeds promise is what they take."""
+
+    def wrapper(trial, mode, divided):
+        assert timed(trial, mode, divided) > 0
+        return divided.speeds.step(divided.counts)
+
+    return wrapper
+
+
 def keeping_gradients(step):
     """`step` of Session; rank 0 keeps the gradients that the first one is taken by, where speeds were told."""
 
@@ -143,6 +153,7 @@ def run(plan: Path, rank: str) -> int:
         apart = training["slow"] or training["speeds"]
         os.environ["LOCAL_WORLD_SIZE"] = "1" if apart else os.environ["WORLD_SIZE"]
         choice.alone = told(alone, training["speeds"]) if training["speeds"] else alone
+        choice.timed = as_told(timed) if training["speeds"] else timed
         later = iter(training["later"] or [])
         meter.own_seconds = lambda found, shares, later=later: next(later, None) or own_seconds(found, shares)
         session.resolve_precision = scaled if training.get("scaled") else resolve_precision
@@ -157,7 +168,7 @@ if __name__ == "__main__":
     Session.finish_epoch, Session.complete = noted(Session.finish_epoch), noted(Session.complete)
     resolve_precision = session.resolve_precision
     device.DTYPES["fp16"] = torch.bfloat16
-    alone, own_seconds = choice.alone, meter.own_seconds
+    alone, timed, own_seconds = choice.alone, choice.timed, meter.own_seconds
     Session.step = keeping_gradients(overflowing(Session.step))
     choice.measure = slow(choice.measure)
     LocalSGD._average_movement = noted_when_averaged(LocalSGD._average_movement)

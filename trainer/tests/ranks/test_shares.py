@@ -92,7 +92,8 @@ def test_running_statistics_count_micro_batches_alike(trained):
 @pytest.mark.slow
 def test_shares_follow_speeds_that_change_and_the_log_says_so(trained):
     folder, said = trained
-    assert "shares: 3 + 1 of 4 micro-batches; by speed; node 1 takes 2.0 times as long as node 0" in said
+    trial = r"by speed and by trial: [\d.]+ s a step, with 2 \+ 2 [\d.]+ s"
+    assert re.search(rf"shares: 3 \+ 1 of 4 micro-batches; {trial}; node 1 takes 2.0 times as long as node 0", said)
     assert "shares: 3 + 1 of 4 micro-batches; as in the checkpoint" in said
     assert "shares: 2 + 2 of 4 micro-batches; as distributed.share says; node 1 takes 2.0 times" in said
     assert "shares: 2 + 2 of 4 micro-batches; local SGD takes equal shares" in said
@@ -183,10 +184,34 @@ def test_equal_shares_weigh_exactly_one():
     assert [unequal.weight(rank) for rank in (0, 1)] == [1.5, 0.5]
 
 
-def chosen(sets, seconds, kept=None, mode="allreduce", local_size=1):
+def chosen(sets, seconds, kept=None, mode="allreduce", local_size=1, timed=None):
     world = types.SimpleNamespace(size=len(seconds), local_size=local_size, rank=0)
     measured = Speeds(seconds, [0.0] * len(seconds), 8)
-    return shares.choose(loading.load(sets=sets), world, kept, mode, lambda: measured)
+    timed = timed or (lambda divided: measured.step(divided.counts))
+    return shares.choose(loading.load(sets=sets), world, kept, mode, lambda: measured, timed)
+
+
+def test_whole_steps_decide_between_the_promised_division_and_the_one_beside_it():
+    six = ["global_batch=60", "micro_batch=10"]
+    assert shares.beside([4, 2], Speeds([1.0, 2.2], [0.0] * 2, 8)) == [5, 1], "rank 1 is done last"
+    assert shares.beside([5, 1], Speeds([1.0, 2.2], [0.0] * 2, 8)) == [4, 2]
+    assert shares.beside([2, 1, 3], Speeds([1.0, 2.5, 1.0], [0.0] * 3, 8)) == [3, 1, 2]
+    assert shares.beside([5, 1], Speeds([1.0, 9.0], [0.0] * 2, 8)) is None
+    seconds = {(4, 2): 0.787, (5, 1): 0.702}  # measured: the exchange costs the slow rank more than was promised
+    asked = []
+
+    def timed(divided):
+        asked.append(divided.counts)
+        return seconds[tuple(divided.counts)]
+
+    found, said = chosen(six, [1.0, 2.2], timed=timed)
+    assert found.counts == [5, 1] and asked == [[4, 2], [5, 1]]
+    assert said.startswith("shares: 5 + 1 of 6 micro-batches; by speed and by trial: 0.70 s a step, with 4 + 2 0.79 s;")
+    seconds[5, 1] = 0.9
+    assert chosen(six, [1.0, 2.2], timed=timed)[0].counts == [4, 2]
+    asked.clear()
+    assert chosen(six, [1.0, 1.05], timed=timed)[0].counts == [3, 3] and not asked, "no trial among equals"
+    assert chosen(six, [1.0, 2.2], Shares([4, 2]), timed=timed)[0].counts == [4, 2] and not asked, "nor when resumed"
 
 
 def test_what_is_said_and_what_is_not():

@@ -19,11 +19,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config.schema import Config
+from k8scifar.ranks import shares
 from k8scifar.ranks.agree import gather
 from k8scifar.ranks.device import autocast
 from k8scifar.ranks.exchange import AllReduce, SharesWork
 from k8scifar.ranks.modes import KINDS
-from k8scifar.ranks.shares import Speeds
+from k8scifar.ranks.shares import Shares, Speeds
 from k8scifar.ranks.world import World
 
 GOOD = 0.95  # of the fastest choice's speed is enough: the most exact choice that promises it is taken
@@ -109,21 +110,26 @@ def best(steps: dict[Choice, float]) -> Choice:
 
 @dataclass(frozen=True)
 class Trial:
-    """A pass of micro-batches to be timed; whatever is tried, the model stays as it is."""
+    """Passes of micro-batches to be timed; whatever is tried, the model stays as it is."""
 
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
-    batch: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # makes inputs and labels as training does
-    together: int  # micro-batches of the pass
-    following: Callable[[], contextlib.AbstractContextManager[None]]  # is put around the forward pass
+    batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]]  # so many micro-batches' inputs and labels
+    passes: Callable[[int], list[int]]  # so many micro-batches as training computes them: those of each pass
+    following: Callable[[int], contextlib.AbstractContextManager[None]]  # is put around the forward pass of so many
     precision: str
     world: World
     config: Config
 
-    def step(self, net: nn.Module) -> None:
-        """Forward and backward."""
-        inputs, labels = self.batch()
-        with self.following(), autocast(self.world.device, self.precision):
+    @property
+    def together(self) -> int:
+        """Micro-batches of a pass, where all ranks have equal shares."""
+        return self.passes(shares.equal(self.config.micro_batches, self.world.size)[0])[0]
+
+    def step(self, net: nn.Module, together: int) -> None:
+        """Forward and backward of one pass."""
+        inputs, labels = self.batch(together)
+        with self.following(together), autocast(self.world.device, self.precision):
             logits = net(inputs)
         F.cross_entropy(logits.float(), labels).backward()
 
@@ -140,10 +146,10 @@ class Trial:
 
 def alone(trial: Trial, pixels: int) -> Speeds:
     """Time each rank's own step, all ranks at once as in training, nothing sent; collective."""
-    world, updates = trial.world, 0.0
+    world, updates, together = trial.world, 0.0, trial.together
     with trial.undone():
-        trial.step(trial.ddp.module)  # the first is slower
-        seconds = min(_seconds(lambda: trial.step(trial.ddp.module), world) for _ in range(2)) / trial.together
+        trial.step(trial.ddp.module, together)  # the first is slower
+        seconds = min(_seconds(lambda: trial.step(trial.ddp.module, together), world) for _ in range(2)) / together
     if isinstance(trial.optimizer, SharesWork):
         updates = min(_seconds(trial.optimizer.rehearse, world) for _ in range(2))
     plain = _plain_step(trial)
@@ -171,13 +177,14 @@ def measure(trial: Trial, speeds: Speeds, counts: list[int]) -> Times:
         counts: the ranks' micro-batches, in the division that there would be.
     """
     ddp, world, compute = trial.ddp, trial.world, max(speeds.micro_batch)
-    exposed, one_pass = {}, trial.together * compute
+    together = trial.together
+    exposed, one_pass = {}, together * compute
     with trial.undone():
         for mode in tried(trial.precision):
             exchange = KINDS[mode](trial.config, world, ddp, trial.optimizer)
 
             def step(exchange: AllReduce = exchange) -> None:
-                trial.step(exchange.model)
+                trial.step(exchange.model, together)
                 exchange.rehearse()
 
             exposed[mode] = max(_repeated(step, world, one_pass) - one_pass, 0.0)
@@ -195,6 +202,27 @@ def measure(trial: Trial, speeds: Speeds, counts: list[int]) -> Times:
         max(speeds.updates),
         max(count * each for count, each in zip(counts, speeds.micro_batch, strict=True)),
     )
+
+
+def timed(trial: Trial, mode: str, divided: Shares) -> float:
+    """Seconds of a whole step in this mode with these shares, the slowest rank's; collective."""
+    ddp, world = trial.ddp, trial.world
+    exchange = KINDS[mode](trial.config, world, ddp, trial.optimizer)
+    exchange.divide_updates(divided.relative)
+    *first, last = trial.passes(divided.counts[world.rank])
+    plain = _plain_step(trial)
+
+    def step() -> None:
+        with ddp.no_sync():
+            for together in first:
+                trial.step(exchange.model, together)
+        trial.step(exchange.model, last)
+        exchange.rehearse()
+        plain()
+
+    with trial.undone():
+        step()  # the first is slower
+        return _repeated(step, world)
 
 
 def tried(precision: str) -> list[str]:

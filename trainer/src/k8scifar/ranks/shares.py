@@ -112,11 +112,15 @@ class Shares:
             return cls(equal(micro_batches, ranks))
         return cls(list(saved["counts"]), saved["speeds"] and Speeds(**saved["speeds"]))
 
-    def __str__(self) -> str:
-        total = sum(self.counts)
+    @property
+    def short(self) -> str:
+        """The ranks' micro-batches alone."""
         if len(self.counts) > MANY:
-            return f"{min(self.counts)} to {max(self.counts)} of {total} micro-batches a rank"
-        return f"{' + '.join(map(str, self.counts))} of {total} micro-batches"
+            return f"{min(self.counts)} to {max(self.counts)}"
+        return " + ".join(map(str, self.counts))
+
+    def __str__(self) -> str:
+        return f"{self.short} of {sum(self.counts)} micro-batches{' a rank' * (len(self.counts) > MANY)}"
 
 
 def equal(micro_batches: int, ranks: int) -> list[int]:
@@ -145,6 +149,20 @@ def better(counts: list[int], speeds: Speeds) -> list[int]:
     return best if speeds.step(counts) > GAIN * speeds.step(best) else counts
 
 
+def beside(counts: Sequence[int], speeds: Speeds) -> list[int] | None:
+    """The division with a micro-batch less for the rank that is done last, the likeliest to be better than `counts`.
+
+    It goes to the rank that is soonest done with it. None where that rank has no more than one.
+    """
+    busy = speeds.busy(counts)
+    last = busy.index(max(busy))
+    if counts[last] == 1:
+        return None
+    done = speeds.busy([count + 1 for count in counts])
+    first = min((rank for rank in range(len(counts)) if rank != last), key=lambda rank: done[rank])
+    return [count + (rank == first) - (rank == last) for rank, count in enumerate(counts)]
+
+
 def nodes(world: World) -> list[list[int]]:
     """The ranks of each machine; torchrun numbers them machine by machine, as many on each."""
     ranks = list(range(world.size))
@@ -157,7 +175,12 @@ def follows(config: Config, world: World, mode: str) -> bool:
 
 
 def choose(
-    config: Config, world: World, kept: Shares | None, mode: str, measure: Callable[[], Speeds]
+    config: Config,
+    world: World,
+    kept: Shares | None,
+    mode: str,
+    measure: Callable[[], Speeds],
+    timed: Callable[[Shares], float],
 ) -> tuple[Shares, str]:
     """How the micro-batches are divided and why, the same on all ranks; collective. No words where nothing is to say.
 
@@ -165,6 +188,8 @@ def choose(
         kept: what the checkpoint that is resumed says of it, if that is of this world size.
         mode: of modes.KINDS.
         measure: what each rank needs alone; called where there are several machines, and `kept` does not say.
+        timed: seconds of a whole step with such shares, the same on all ranks; called where unequal ones promise to be
+            faster: what an exchange takes of a slow processor can't be told from what it computes alone.
     """
     micro_batches, one_machine = config.micro_batches, world.local_size == world.size
     even = equal(micro_batches, world.size)
@@ -177,7 +202,9 @@ def choose(
         shares, why = Shares(even, speeds), "as distributed.share says"
         if follows(config, world, mode):
             shares = Shares(better(even, speeds), speeds)
-            why = "by speed" if shares.counts != even else "no other division is clearly faster"
+            why = "no other division is clearly faster"
+            if shares.counts != even:
+                shares, why = _tried(shares, speeds, timed)
             if speeds.step(shares.counts) > 1.25 * speeds.least(micro_batches):
                 why += "; a smaller micro_batch would let the faster one take more"
         elif mode == LocalSGD.name:
@@ -185,6 +212,17 @@ def choose(
     if one_machine and shares.counts == even and micro_batches % world.size == 0:
         return shares, ""
     return shares, "; ".join(filter(None, [f"shares: {shares}", why, slow(shares.speeds, world)]))
+
+
+def _tried(promised: Shares, speeds: Speeds, timed: Callable[[Shares], float]) -> tuple[Shares, str]:
+    """The better of the division that the speeds promise and the one beside it, by whole steps of both; and why."""
+    other = beside(promised.counts, speeds)
+    if other is None:
+        return promised, "by speed"
+    found = [(timed(each), each) for each in (promised, Shares(other, speeds))]
+    found.sort(key=lambda pair: pair[0])
+    (seconds, best), (more, second) = found
+    return best, f"by speed and by trial: {seconds:.2f} s a step, with {second.short} {more:.2f} s"
 
 
 def slow(speeds: Speeds | None, world: World) -> str:

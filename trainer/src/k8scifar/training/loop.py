@@ -108,7 +108,7 @@ def train(session: Session, stop: threading.Event) -> None:
         optim.set_lr(state.optimizer, lr)
         step_loss = torch.zeros((), dtype=torch.float64, device=world.device)
         done = 0
-        for together in state.passes(micro_batches):
+        for together in micro_batches.split(state.passes(len(micro_batches))):
             clock.mark("data")
             samples = together.flatten()
             inputs = images.augmented(samples, pixels, seed=config.seed, epoch=epoch, **dict(config.augment))

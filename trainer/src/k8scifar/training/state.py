@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,10 +105,10 @@ class State:
         by_speed = self.config.distributed.share == "auto"
         self.exchange.divide_updates(shares.relative if by_speed else [1.0] * self.world.size)
 
-    def passes(self, micro_batches: torch.Tensor) -> Sequence[torch.Tensor]:
-        """This rank's part of a step, int64 [micro-batches, images], cut into what is computed in one pass."""
-        count, size = micro_batches.shape
-        return micro_batches.tensor_split(norms.passes(count, size) if self.statistics.groups else count)
+    def passes(self, count: int) -> list[int]:
+        """Of so many micro-batches of a step, those of each pass."""
+        parts = norms.passes(count, self.config.micro_batch) if self.statistics.groups else count
+        return [count // parts + (part < count % parts) for part in range(parts)]
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """Remember the step just done if its loss is the first that is not finite; nothing waits for a GPU here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -33,16 +34,15 @@ def settle(
     before = shares.Shares.from_saved(kept.get("share"), config.micro_batches, world.size) if kept else None
     pixels = plan.pixels(payload["step"] if payload else 0)
 
-    ours = torch.empty(shares.equal(config.micro_batches, world.size)[0], config.micro_batch)
-    together = len(state.passes(ours)[0])
-
-    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(together: int) -> tuple[torch.Tensor, torch.Tensor]:
         samples = torch.arange(together * config.micro_batch, device=world.device) % len(images)
         inputs = images.augmented(samples, pixels, seed=config.seed, epoch=0, **dict(config.augment))
         return inputs, images.labels[samples]
 
-    following = functools.partial(state.statistics.following, 0, together, together)
-    trial = choice.Trial(state.ddp, state.optimizer, batch, together, following, precision, world, config)
+    def following(together: int) -> contextlib.AbstractContextManager[None]:
+        return state.statistics.following(0, together, together)
+
+    trial = choice.Trial(state.ddp, state.optimizer, batch, state.passes, following, precision, world, config)
     speeds = functools.cache(lambda: choice.alone(trial, pixels))
 
     def wire() -> choice.Times:
@@ -52,8 +52,10 @@ def settle(
         return choice.measure(trial, speeds(), counts)
 
     chosen, why = choice.choose(config, world, kept.get("comm"), model.parameters(state.net), wire)
+    # The trials leave hooks behind, in whose place those of the mode are put.
+    timed = functools.partial(choice.timed, trial, chosen.mode)
+    divided, why_so = shares.choose(config, world, before, chosen.mode, speeds, timed)
     state.communicate(chosen.mode, chosen.every)
-    divided, why_so = shares.choose(config, world, before, chosen.mode, speeds)
     state.take_shares(divided)
     return why, why_so
 
