@@ -88,12 +88,13 @@ def lines(found: dict) -> list[tuple[str, str, str]]:
     """(what, measured, aim)."""
     rates = {name: runs if isinstance(runs, list) else [runs] for name, runs in found["rates"].items()}  # former: one
     said = [found["said"]] if isinstance(found["said"], str) else found["said"]
+    taken = dict.fromkeys(f"{text.partition('; ')[0]}, {text.rpartition('; ')[2]}" for text in said)
     rounds = [dict(zip(rates, round_, strict=True)) for round_ in zip(*rates.values(), strict=True)]
     over_equal = spread([rate["auto"] / rate["equal"] for rate in rounds])
     over_sum = spread([rate["auto"] / (rate["alone 0"] + rate["alone 1"]) for rate in rounds])
     told = ", ".join(f"{name} {shown(spread(runs))}" for name, runs in rates.items())
     return [
-        ("images/s", f"{told} ({' | '.join(dict.fromkeys(said))})", ""),
+        ("images/s", f"{told} ({'; '.join(taken)})", ""),
         ("shares by speed over equal ones", shown(over_equal, "x"), "1.33x"),
         ("shares by speed over the sum of both hosts alone", shown(over_sum), "0.9"),
     ]

@@ -19,12 +19,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config.schema import Config
-from k8scifar.ranks import shares
 from k8scifar.ranks.agree import gather
 from k8scifar.ranks.device import autocast
 from k8scifar.ranks.exchange import AllReduce, SharesWork
 from k8scifar.ranks.modes import KINDS
-from k8scifar.ranks.shares import Shares, Speeds
+from k8scifar.ranks.shares import Shares, Speeds, equal
 from k8scifar.ranks.world import World
 
 GOOD = 0.95  # of the fastest choice's speed is enough: the most exact choice that promises it is taken
@@ -124,7 +123,7 @@ class Trial:
     @property
     def together(self) -> int:
         """Micro-batches of a pass, where all ranks have equal shares."""
-        return self.passes(shares.equal(self.config.micro_batches, self.world.size)[0])[0]
+        return self.passes(equal(self.config.micro_batches, self.world.size)[0])[0]
 
     def step(self, net: nn.Module, together: int) -> None:
         """Forward and backward of one pass."""

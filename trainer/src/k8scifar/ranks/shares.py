@@ -123,9 +123,9 @@ class Shares:
         return f"{self.short} of {sum(self.counts)} micro-batches{' a rank' * (len(self.counts) > MANY)}"
 
 
-def equal(micro_batches: int, ranks: int) -> list[int]:
-    """As equal as can be: the first ranks have one more where it does not come out even."""
-    return [micro_batches // ranks + (rank < micro_batches % ranks) for rank in range(ranks)]
+def equal(micro_batches: int, parts: int) -> list[int]:
+    """As equal as can be: the first parts (ranks, passes) have one more where it does not come out even."""
+    return [micro_batches // parts + (part < micro_batches % parts) for part in range(parts)]
 
 
 def divide(micro_batches: int, speeds: Speeds) -> list[int]:

@@ -108,7 +108,7 @@ class State:
     def passes(self, count: int) -> list[int]:
         """Of so many micro-batches of a step, those of each pass."""
         parts = norms.passes(count, self.config.micro_batch) if self.statistics.groups else count
-        return [count // parts + (part < count % parts) for part in range(parts)]
+        return equal(count, parts)
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """Remember the step just done if its loss is the first that is not finite; nothing waits for a GPU here."""
