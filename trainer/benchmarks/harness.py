@@ -96,8 +96,8 @@ def call(command: Sequence[str], timeout: float = 3600, **environment: str) -> s
 
 def steps_command(options: Options, out: Path, steps: int, *arguments: str) -> list[str]:
     """The trainer's own loop, stopped after `steps` steps: see steps.py."""
-    folder = tempfile.mkdtemp(prefix="k8scifar-bench-")
-    paths = ["--data-dir", str(options.data), "--runs-dir", folder, *sets(log__tensorboard="false")]
+    runs = out.with_suffix(".runs")
+    paths = ["--data-dir", str(options.data), "--runs-dir", str(runs), *sets(log__tensorboard="false")]
     return [str(HERE / "steps.py"), str(out), str(steps), *paths, *arguments]
 
 

@@ -17,6 +17,7 @@ import pytest
 from runs import HELPERS
 
 HERE = HELPERS
+PROJECT = HELPERS.parents[1] / "pyproject.toml"
 
 
 @pytest.fixture
@@ -151,3 +152,43 @@ def test_a_tests_own_limit_is_multiplied_too():
     environment = os.environ | {patience.VARIABLE: "2", "PYTHONPATH": str(HERE)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.stdout == "[600.0, 1800.0]\n", done.stderr
+
+
+TWO_TESTS = """
+def test_one(tmp_path, module_path):
+    (tmp_path / "mine").write_text("x")
+    (module_path / "shared").write_text("x")
+
+def test_two(tmp_path, module_path):
+    (tmp_path / "mine").write_text("x")
+    assert (module_path / "shared").exists() and {passes}
+"""
+
+
+def suite_of(folder: Path, *arguments: str, temporary: Path) -> subprocess.CompletedProcess:
+    """Run pytest in `folder` as the Makefile does."""
+    command = [sys.executable, "-m", "pytest", "-c", str(PROJECT), "-p", "suite", "-p", "no:cacheprovider", *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != janitor.MARK} | {"TMPDIR": str(temporary)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("workers", ["-n0", "-n2"])
+@pytest.mark.parametrize("passes", [True, False])
+def test_the_files_of_tests_that_pass_go_with_them(tmp_path, passes, workers):
+    """A run of all tests wrote 20 GB, which stayed: three of them filled a disk."""
+    case, temporary = tmp_path / "test_case.py", tmp_path / "temporary"
+    case.write_text(TWO_TESTS.format(passes=passes))
+    temporary.mkdir()
+    done = suite_of(tmp_path, workers, "--dist=loadfile", str(case), temporary=temporary)
+    assert ("2 passed" if passes else "1 failed, 1 passed") in done.stdout, done.stdout + done.stderr
+    left = sorted(path.name for path in temporary.rglob("*") if path.name in ("mine", "shared"))
+    assert left == ([] if passes else ["mine", "shared"]), "only what shows why a test failed"
+
+
+def test_a_disk_without_room_for_the_tests_is_named_at_once(small_disk, tmp_path):
+    full = small_disk("1m")
+    (tmp_path / "test_case.py").write_text("def test_one():\n    pass\n")
+    done = suite_of(tmp_path, temporary=full)
+    assert done.returncode == 2
+    assert f"{full} has 0.0 GB left: make room there" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert suite_of(tmp_path, "test_case.py", temporary=full).returncode == 0, "one file may fit"

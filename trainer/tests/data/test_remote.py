@@ -25,13 +25,12 @@ KEY, SECRET = "AKIAK8SCIFARTEST", "wJalrXUtnFEMIK7MDENGbPxRfiCYSECRETKEY"
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory) -> bytes:
+def archive(module_path) -> bytes:
     """A .tar.gz of 40 incompressible pictures, some 130 kB."""
-    folder = tmp_path_factory.mktemp("pictures")
-    paint_folder(folder, train=15, test=5)
+    paint_folder(module_path, train=15, test=5)
     packed_up = io.BytesIO()
     with tarfile.open(fileobj=packed_up, mode="w:gz") as tar:
-        tar.add(folder, arcname=".")
+        tar.add(module_path, arcname=".")
     return packed_up.getvalue()
 
 

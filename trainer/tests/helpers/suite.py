@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import janitor
@@ -14,9 +16,16 @@ from runs import TINY, run, train_command
 
 from k8scifar.data.prepare import prepare
 
+DISK = 8e9  # bytes that the whole suite needs for temporary files, two files of tests at a time
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """What a test starts ends with its runner; limits of time are for this machine, measured by the first process."""
+    if config.args_source is not pytest.Config.ArgsSource.ARGS and not hasattr(config, "workerinput"):
+        folder = tempfile.gettempdir()
+        if (free := shutil.disk_usage(folder).free) < DISK:
+            need = f"the tests need {DISK / 1e9:.0f} GB for temporary files, and {folder} has {free / 1e9:.1f} GB left"
+            pytest.exit(f"{need}: make room there, or name another folder: TMPDIR=FOLDER make test", returncode=2)
     janitor.start()
     patience.install()
     patience.begin()
@@ -60,6 +69,16 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     prepare(folder, "synthetic:600:303")
     return folder
+
+
+@pytest.fixture(scope="module")
+def module_path(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
+    """A folder for all tests of a file, which goes with the last of them; it stays where one has failed."""
+    failed = request.session.testsfailed
+    folder = tmp_path_factory.mktemp(request.path.stem)
+    yield folder
+    if request.session.testsfailed == failed:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -16,10 +16,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("elastic")
-    (path / "config.yaml").write_text(yaml.safe_dump(elastic.CONFIG))
-    return path
+def folder(module_path):
+    (module_path / "config.yaml").write_text(yaml.safe_dump(elastic.CONFIG))
+    return module_path
 
 
 @pytest.fixture(scope="module")

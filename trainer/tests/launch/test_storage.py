@@ -34,8 +34,8 @@ CONFIG = TINY | {
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    path = tmp_path_factory.mktemp("storage") / "config.yaml"
+def config(module_path):
+    path = module_path / "config.yaml"
     path.write_text(yaml.safe_dump(CONFIG))
     return path
 

@@ -26,10 +26,9 @@ CONFIG = TINY | {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("hosts")
-    (path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    return path
+def folder(module_path):
+    (module_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return module_path
 
 
 @pytest.fixture(scope="module")

@@ -62,9 +62,9 @@ def start(folder: Path, data: Path, trainings: list[dict], ranks: int = 2):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_data):
+def trained(module_path, tiny_data):
     """Each mode undisturbed, and resumed within an epoch with checkpoints at other steps: (folder, what was said)."""
-    folder = tmp_path_factory.mktemp("modes")
+    folder = module_path
     trainings = []
     for mode in MODES:
         sets = [*SHORT, f"distributed.comm={mode}", "log.every_steps=1", *["optimizer.name=muon"] * (mode == "int8")]

@@ -24,9 +24,9 @@ TWICE = [2.0, 4.0]  # seconds of a micro-batch: rank 1 takes twice as long
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_data):
+def trained(module_path, tiny_data):
     """Four micro-batches as 2 + 2 and as 3 + 1, in several modes, and resumed: (folder, what was said)."""
-    folder = tmp_path_factory.mktemp("shares")
+    folder = module_path
     sgd = [*SETS, "distributed.comm=allreduce", "epochs=2"]
     muon = [*SETS, "distributed.comm=allreduce", "optimizer.name=muon"]
     trainings = [

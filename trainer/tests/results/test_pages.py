@@ -37,9 +37,9 @@ def page():
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(module_path: Path) -> Path:
     """The folder of a finished run of 10 steps."""
-    folder = tmp_path_factory.mktemp("pages")
+    folder = module_path
     prepare(folder / "data", "synthetic:100:40")
     settings = TINY | {"global_batch": 20, "micro_batch": 10, "log": {"every_steps": 1}}
     (folder / "tiny.yaml").write_text(json.dumps(settings))

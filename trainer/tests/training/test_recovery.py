@@ -20,9 +20,9 @@ SAVE_OFTEN = ("--set", "checkpoint.every_steps=2", "--set", "checkpoint.keep=3")
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, tiny_data):
+def places(module_path, tiny_data):
     """Folder of the runs, with a configuration that checkpoints often; the undisturbed run is in `runs/undisturbed`."""
-    folder = tmp_path_factory.mktemp("recovery")
+    folder = module_path
     (folder / "tiny.yaml").write_text(
         yaml.safe_dump(TINY | {"micro_batch": 25, "log": {"every_seconds": 0.001, "tensorboard": False}})
     )

@@ -32,14 +32,13 @@ def tiny_config(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_data):
+def undisturbed(module_path, tiny_data):
     """An undisturbed two-rank training: (run folder, what it said)."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = folder / "tiny.yaml"
+    config = module_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(SETTINGS))
-    done = run(train_command(2, config, tiny_data, folder / "runs", "run"))
+    done = run(train_command(2, config, tiny_data, module_path / "runs", "run"))
     assert done.returncode == 0, done.stderr
-    return folder / "runs" / "run", done.stderr
+    return module_path / "runs" / "run", done.stderr
 
 
 @pytest.fixture
