@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from chart_values import TRAINER_RULES, Values
+from chart_values import Values
 from k8scifar.config import loading
 from k8scifar.config.schema import Config
+from value_types import TRAINER_RULES
 
 CHART = Path(__file__).resolve().parents[1]
 # Keys of the trainer that the chart sets itself.

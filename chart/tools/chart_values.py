@@ -1,7 +1,6 @@
 """Types and limits of the chart's values. The words for people are the comments in chart/values.yaml.
 
-`train` is the trainer's own model, less what the chart decides itself. What a text must look like is a `rule`: its
-pattern goes into chart/files/rules.yaml with a sentence, since of a pattern in the schema Helm prints the pattern.
+`train` is the trainer's own model, less what the chart decides itself.
 """
 
 from __future__ import annotations
@@ -9,112 +8,29 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-# What Kubernetes takes for a number of seconds, pods or the like: 32 bits.
-MOST = 2**31 - 1
-_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-_HOST = r"([A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9])?\.)*([A-Za-z0-9][A-Za-z0-9-]*)?[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?"
-_BYTE = r"(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-_IPV4 = rf"({_BYTE}\.){{3}}{_BYTE}"
-_IPV6 = r"[0-9A-Fa-f]{0,4}(:[0-9A-Fa-f]{0,4}){2,7}(\.[0-9]+){0,3}"
-_PART = r"[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*"
-_REGISTRY = rf"({_HOST}|{_IPV4}|\[{_IPV6}\])(:[0-9]{{1,5}})?"
-_KEY = rf"({_LABEL}(\.{_LABEL})*/)?[A-Za-z0-9]([A-Za-z0-9_.-]{{0,61}}[A-Za-z0-9])?"
-_AMOUNT = r"[0-9]+(\.[0-9]+)?"
-
-
-def rule(pattern: str, words: str) -> Any:
-    """What a text must match (Go's regular expressions), and how the refusal of another goes on after the text."""
-    return Field(json_schema_extra={"x-rule": {"pattern": f"^({pattern})$", "words": words}})
-
-
-Server = Annotated[
-    str,
-    rule(
-        rf"|{_HOST}|{_IPV4}|{_IPV6}",
-        "is no host name or IP address: give the server alone, without scheme, port, path, brackets or spaces "
-        "(the exported folder goes into path)",
-    ),
-]
-AbsolutePath = Annotated[
-    str,
-    rule(
-        r"|/|(/[^/\x00-\x1f\x7f]*[^/\x00-\x20\x7f.][^/\x00-\x1f\x7f]*|/\.[^/\x00-\x1f\x7f.][^/\x00-\x1f\x7f]*)+/?",
-        "is no folder's whole path: begin it with /, without .. in it (/srv/k8scifar)",
-    ),
-]
-Folder = Annotated[
-    str,
-    rule(
-        r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*",
-        "is no folder in the volume: letters, digits, dots, _ and - (it must not lead out of the volume: no .., no / "
-        "before it)",
-    ),
-]
-Named = Annotated[
-    str,
-    rule(
-        rf"|{_LABEL}(\.{_LABEL})*",
-        "is no name that Kubernetes allows: small letters, digits, - and dots, a letter or digit at both ends",
-    ),
-]
-# A name that must be there.
-NamedItem = Annotated[
-    str,
-    rule(
-        rf"{_LABEL}(\.{_LABEL})*",
-        "is no name that Kubernetes allows: small letters, digits, - and dots, a letter or digit at both ends",
-    ),
-]
-Size = Annotated[
-    str,
-    rule(
-        r"(0*[1-9][0-9]*(\.[0-9]+)?|0+\.0*[1-9][0-9]*)(k|[MGTPE]|[KMGTPE]i)|[1-9][0-9]{5,}",
-        "is no size: give a number above 0 and a unit, such as 512Mi or 5Gi",
-    ),
-]
-Quantity = Annotated[
-    str,
-    rule(
-        rf"{_AMOUNT}(m|k|[MGTPE]|[KMGTPE]i|[eE][0-9]+)?",
-        "is no amount of a resource: give a number, with a unit if need be, such as 500m, 2 or 6Gi",
-    ),
-]
-Amount = Quantity | Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)]
-ResourceName = Annotated[
-    str,
-    rule(
-        rf"cpu|memory|ephemeral-storage|hugepages-{_AMOUNT}[KMGT]?i?|{_LABEL}(\.{_LABEL})*/[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?",
-        "is no resource: cpu, memory, ephemeral-storage, hugepages-2Mi, or a device's such as nvidia.com/gpu",
-    ),
-]
-Key = Annotated[
-    str, rule(_KEY, "is no key of a label or annotation: letters, digits, - _ and dots, such as team or my.org/team")
-]
-LabelText = Annotated[
-    str,
-    rule(
-        r"|[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?",
-        "is no value of a label: at most 63 letters, digits, - _ and dots, a letter or digit at both ends",
-    ),
-]
-Labels = dict[Key, LabelText]
-Annotations = dict[Key, str]
-Seconds = Annotated[int, Field(ge=1, le=MOST)]
-NumericId = Annotated[int, Field(ge=0, le=MOST)]
-
-
-# Of the trainer's own texts, those of which its schema has a pattern only: in a chart a sentence is wanted.
-TRAINER_RULES = {
-    "name": {
-        "pattern": r"^(|[A-Za-z0-9_][A-Za-z0-9_.-]*)$",
-        "words": "is no name of a run: letters, digits, dots, _ and -, a letter, digit or _ first (its folder has it)",
-    },
-    "distributed.interface": {
-        "pattern": r"^[A-Za-z0-9_.@:-]*$",
-        "words": "is no network interface: one name, such as eth0, or nothing to have it chosen",
-    },
-}
+from value_types import (
+    HOST,
+    IPV4,
+    IPV6,
+    LABEL,
+    MOST,
+    PART,
+    REGISTRY,
+    AbsolutePath,
+    Amount,
+    Annotations,
+    Folder,
+    Key,
+    Labels,
+    Named,
+    NamedItem,
+    NumericId,
+    ResourceName,
+    Seconds,
+    Server,
+    Size,
+    rule,
+)
 
 
 class Section(BaseModel):
@@ -125,7 +41,7 @@ class Image(Section):
     repository: Annotated[
         str,
         rule(
-            rf"({_REGISTRY}/)?{_PART}(/{_PART})*",
+            rf"({REGISTRY}/)?{PART}(/{PART})*",
             "is no image's name: small letters, such as registry.example/me/k8scifar, without a scheme, a tag or a "
             "digest (they go into image.tag and image.digest)",
         ),
@@ -192,7 +108,7 @@ class Dataset(Checkpoints):
     s3Endpoint: Annotated[
         str,
         rule(
-            rf"|https?://({_HOST}|{_IPV4}|\[{_IPV6}\])(:[0-9]{{1,5}})?(/[^\s]*)?",
+            rf"|https?://({HOST}|{IPV4}|\[{IPV6}\])(:[0-9]{{1,5}})?(/[^\s]*)?",
             "is no address of a server: give it with its scheme, such as http://minio.storage:9000",
         ),
     ]
@@ -242,7 +158,7 @@ class Gpu(Section):
     resourceName: Annotated[
         str,
         rule(
-            rf"|{_LABEL}(\.{_LABEL})*/[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?",
+            rf"|{LABEL}(\.{LABEL})*/[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?",
             "is no resource of a device plugin: such as nvidia.com/gpu",
         ),
     ]
@@ -329,7 +245,7 @@ class Ingress(Section):
     host: Annotated[
         str,
         rule(
-            rf"|(\*\.)?{_LABEL}(\.{_LABEL})*",
+            rf"|(\*\.)?{LABEL}(\.{LABEL})*",
             "is no host name: small letters, digits, - and dots, without scheme, port or path, such as tb.example.org",
         ),
     ]
@@ -377,7 +293,7 @@ class Values(Section):
     clusterDomain: Annotated[
         str,
         rule(
-            rf"|{_LABEL}(\.{_LABEL})*",
+            rf"|{LABEL}(\.{LABEL})*",
             "is no DNS domain: small letters, digits, - and dots, none at the ends, such as cluster.local",
         ),
     ]
