@@ -16,7 +16,7 @@ def measure(options: Options) -> dict:
     import torch.nn.functional as F
 
     from k8scifar import machine
-    from k8scifar.config.schema import Model
+    from k8scifar.config.sections import Model
     from k8scifar.training import memory, model
 
     repetitions, images, sizes = (1, 4, (8,)) if options.tiny else (3, 125, (16, 20, 24, 32))

@@ -47,7 +47,7 @@ def measure(options: Options) -> dict:
 
 def image() -> int:
     """Operations of one training image at 32 pixels."""
-    from k8scifar.config.schema import Model
+    from k8scifar.config.sections import Model
     from k8scifar.training import model
 
     return model.training_flops(model.build(Model(), 10), 32)

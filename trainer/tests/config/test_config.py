@@ -10,7 +10,8 @@ from runs import cli
 
 from k8scifar.config import loading
 from k8scifar.config.loading import merge
-from k8scifar.config.schema import Config, Stage, flatten
+from k8scifar.config.schema import Config, flatten
+from k8scifar.config.sections import Stage
 from k8scifar.errors import UserError
 
 

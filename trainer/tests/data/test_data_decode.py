@@ -261,7 +261,7 @@ def test_predict_reads_as_prepare_does(tmp_path, capsys):
     """A phone's photograph, 16 bits, transparency: the same answer as for the plain image; a broken one is a line."""
     import torch
 
-    from k8scifar.config.schema import Model
+    from k8scifar.config.sections import Model
     from k8scifar.results import weights as weights_file
     from k8scifar.training import model
 

@@ -127,7 +127,7 @@ def test_home_is_expanded_everywhere(tmp_path, monkeypatch, capsys):
 
 
 def test_a_terminal_of_ascii_shows_every_name_escaped(tmp_path):
-    from k8scifar.config.schema import Model
+    from k8scifar.config.sections import Model
     from k8scifar.results import weights as weights_file
     from k8scifar.training import model
 

@@ -94,7 +94,7 @@ def resnet18():
     """The trainer's network with fresh weights."""
     import torch
 
-    from k8scifar.config.schema import Model
+    from k8scifar.config.sections import Model
     from k8scifar.training import model
 
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from k8scifar import machine
-from k8scifar.config.schema import Model
+from k8scifar.config.sections import Model
 from k8scifar.training import convolution, model, winograd
 
 ALWAYS, NEVER = (0, 0), (10**9, 10**9)

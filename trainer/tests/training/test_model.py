@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from k8scifar.config.schema import Config, Model
+from k8scifar.config.schema import Config
+from k8scifar.config.sections import Model
 from k8scifar.training import model, optim
 
 

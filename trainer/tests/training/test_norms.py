@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from k8scifar.config.schema import Model
+from k8scifar.config.sections import Model
 from k8scifar.training import model, norms
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from k8scifar.config.loading import validate
-from k8scifar.config.schema import Model
+from k8scifar.config.sections import Model
 from k8scifar.errors import UserError
 from k8scifar.results import weights
 from k8scifar.training import checkpoint, model

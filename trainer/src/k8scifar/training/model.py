@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from k8scifar.compat import import_torchvision
-from k8scifar.config.schema import Model
+from k8scifar.config.sections import Model
 from k8scifar.training import convolution, norms
 
 
