@@ -188,7 +188,8 @@ def test_the_files_of_tests_that_pass_go_with_them(tmp_path, passes, workers):
 def test_a_disk_without_room_for_the_tests_is_named_at_once(small_disk, tmp_path):
     full = small_disk("1m")
     (tmp_path / "test_case.py").write_text("def test_one():\n    pass\n")
-    done = suite_of(tmp_path, temporary=full)
-    assert done.returncode == 2
-    assert f"{full} has 0.0 GB left: make room there" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    for arguments in ([], [str(tmp_path)]):
+        done = suite_of(tmp_path, *arguments, temporary=full)
+        assert done.returncode == 2
+        assert f"{full} has 0.0 GB left: make room there" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert suite_of(tmp_path, "test_case.py", temporary=full).returncode == 0, "one file may fit"

@@ -21,7 +21,7 @@ DISK = 8e9  # bytes that the whole suite needs for temporary files, two files of
 
 def pytest_configure(config: pytest.Config) -> None:
     """What a test starts ends with its runner; limits of time are for this machine, measured by the first process."""
-    if config.args_source is not pytest.Config.ArgsSource.ARGS and not hasattr(config, "workerinput"):
+    if all(map(os.path.isdir, config.args)) and not hasattr(config, "workerinput"):  # not some files alone
         folder = tempfile.gettempdir()
         if (free := shutil.disk_usage(folder).free) < DISK:
             need = f"the tests need {DISK / 1e9:.0f} GB for temporary files, and {folder} has {free / 1e9:.1f} GB left"
