@@ -22,13 +22,19 @@ DISK = 8e9  # bytes that the whole suite needs for temporary files, two files of
 def pytest_configure(config: pytest.Config) -> None:
     """What a test starts ends with its runner; limits of time are for this machine, measured by the first process."""
     if all(map(os.path.isdir, config.args)) and not hasattr(config, "workerinput"):  # not some files alone
-        folder = tempfile.gettempdir()
-        if (free := shutil.disk_usage(folder).free) < DISK:
-            need = f"the tests need {DISK / 1e9:.0f} GB for temporary files, and {folder} has {free / 1e9:.1f} GB left"
-            pytest.exit(f"{need}: make room there, or name another folder: TMPDIR=FOLDER make test", returncode=2)
+        require_room()
     janitor.start()
     patience.install()
     patience.begin()
+
+
+def require_room() -> None:
+    """End at once where the temporary folder is too full for the whole suite."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < DISK:
+        need = f"the tests need {DISK / 1e9:.0f} GB for temporary files, and {folder} has {free / 1e9:.1f} GB left"
+        pytest.exit(f"{need}: make room there, or name another folder: TMPDIR=FOLDER make test", returncode=2)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -64,7 +64,6 @@ def start(folder: Path, data: Path, trainings: list[dict], ranks: int = 2):
 @pytest.fixture(scope="module")
 def trained(module_path, tiny_data):
     """Each mode undisturbed, and resumed within an epoch with checkpoints at other steps: (folder, what was said)."""
-    folder = module_path
     trainings = []
     for mode in MODES:
         sets = [*SHORT, f"distributed.comm={mode}", "log.every_steps=1", *["optimizer.name=muon"] * (mode == "int8")]
@@ -84,9 +83,9 @@ def trained(module_path, tiny_data):
         {"name": "muon-resumed", "sets": shared, "cut": "muon-apart", "speeds": [1.0, 1.0]},
         {"name": "muon-taken-over", "sets": shared, "cut": "muon", "speeds": [1.0, 1.0]},
     ]
-    done = start(folder, tiny_data, trainings)
+    done = start(module_path, tiny_data, trainings)
     assert done.returncode == 0, done.stderr
-    return folder, done.stderr
+    return module_path, done.stderr
 
 
 @pytest.mark.parametrize("mode", MODES)

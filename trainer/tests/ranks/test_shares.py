@@ -26,7 +26,6 @@ TWICE = [2.0, 4.0]  # seconds of a micro-batch: rank 1 takes twice as long
 @pytest.fixture(scope="module")
 def trained(module_path, tiny_data):
     """Four micro-batches as 2 + 2 and as 3 + 1, in several modes, and resumed: (folder, what was said)."""
-    folder = module_path
     sgd = [*SETS, "distributed.comm=allreduce", "epochs=2"]
     muon = [*SETS, "distributed.comm=allreduce", "optimizer.name=muon"]
     trainings = [
@@ -39,9 +38,9 @@ def trained(module_path, tiny_data):
         {"name": "bf16-divided", "sets": [*SETS, "distributed.comm=bf16"], "speeds": TWICE},
         {"name": "local-sgd", "sets": [*SETS, "distributed.comm=local-sgd"], "speeds": TWICE},
     ]
-    done = start(folder, tiny_data, trainings)
+    done = start(module_path, tiny_data, trainings)
     assert done.returncode == 0, done.stderr
-    return folder, done.stderr
+    return module_path, done.stderr
 
 
 def saved(folder, step):

@@ -39,13 +39,12 @@ def page():
 @pytest.fixture(scope="module")
 def run_folder(module_path: Path) -> Path:
     """The folder of a finished run of 10 steps."""
-    folder = module_path
-    prepare(folder / "data", "synthetic:100:40")
+    prepare(module_path / "data", "synthetic:100:40")
     settings = TINY | {"global_batch": 20, "micro_batch": 10, "log": {"every_steps": 1}}
-    (folder / "tiny.yaml").write_text(json.dumps(settings))
-    paths = ("--data-dir", str(folder / "data"), "--runs-dir", str(folder / "runs"), "--name", "short")
-    assert main(["train", "--config", str(folder / "tiny.yaml"), *paths]) == 0
-    return folder / "runs" / "short"
+    (module_path / "tiny.yaml").write_text(json.dumps(settings))
+    paths = ("--data-dir", str(module_path / "data"), "--runs-dir", str(module_path / "runs"), "--name", "short")
+    assert main(["train", "--config", str(module_path / "tiny.yaml"), *paths]) == 0
+    return module_path / "runs" / "short"
 
 
 def test_tensorboard_shows_the_curves_and_pictures_of_a_run(page, run_folder):

@@ -22,13 +22,12 @@ SAVE_OFTEN = ("--set", "checkpoint.every_steps=2", "--set", "checkpoint.keep=3")
 @pytest.fixture(scope="module")
 def places(module_path, tiny_data):
     """Folder of the runs, with a configuration that checkpoints often; the undisturbed run is in `runs/undisturbed`."""
-    folder = module_path
-    (folder / "tiny.yaml").write_text(
+    (module_path / "tiny.yaml").write_text(
         yaml.safe_dump(TINY | {"micro_batch": 25, "log": {"every_seconds": 0.001, "tensorboard": False}})
     )
-    done = launch(folder, tiny_data, "undisturbed")
+    done = launch(module_path, tiny_data, "undisturbed")
     assert done.returncode == 0, done.stderr
-    return folder
+    return module_path
 
 
 def launch(folder: Path, data: Path, name: str, *arguments: str, ranks: int = 2, **environment: str):
