@@ -19,7 +19,7 @@ from PIL import Image
 from runs import cli, cli_command
 
 from k8scifar.data import images, packed, remote, synthetic
-from k8scifar.data.prepare import prepare, wait
+from k8scifar.data.prepare import prepare
 from k8scifar.errors import TrainingError, UserError
 
 
@@ -168,15 +168,6 @@ def test_killed_in_the_middle_then_prepared(tmp_path):
     assert packed.read_manifest(tmp_path) is None, "a killed prepare leaves no manifest"
     manifest, _ = prepare(tmp_path, "synthetic:50:20")
     assert packed.damage(tmp_path, manifest) is None
-
-
-def test_wait_takes_another_process_copy_or_gives_up(tmp_path):
-    with pytest.raises(TrainingError, match="no data set appeared"):
-        wait(tmp_path, 0.1)
-    timer = threading.Timer(0.5, prepare, (tmp_path, "synthetic:50:20"))
-    timer.start()
-    assert wait(tmp_path, 30).source == "synthetic:50:20"
-    timer.join()
 
 
 def test_unknown_source_and_unwritable_folder(tmp_path):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from k8scifar.console import say
 from k8scifar.data import cifar10, images, packed, remote
-from k8scifar.errors import TrainingError, UserError
+from k8scifar.errors import UserError
 from k8scifar.files import locked, remove_temporary
 from k8scifar.urls import is_address, local, public
 
@@ -34,17 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", default="data", metavar="DIR", help="folder of the packed data set (default: data)"
     )
-    parser.add_argument(
-        "--wait", type=float, metavar="SECONDS", help="do not prepare: wait so long for another process's copy"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
     """`k8scifar prepare`."""
     folder = local(args.data_dir)
-    if args.wait is not None:
-        say(f"data ready in {folder}: {describe(wait(folder, args.wait))}")
-        return 0
     manifest, fresh = prepare(folder, args.source)
     say(f"data {'packed into' if fresh else 'already in'} {folder}: {describe(manifest)}")
     return 0
@@ -72,24 +65,6 @@ def prepare(folder: Path, source: str = "auto") -> tuple[packed.Manifest, bool]:
         raise UserError(
             f"data folder {folder} can't be written: {reason}; free some space (0.5 GB), or choose another --data-dir"
         ) from None
-
-
-def wait(folder: Path, seconds: float) -> packed.Manifest:
-    """The manifest that another process writes within `seconds`. Raises TrainingError when it does not come."""
-    deadline = time.monotonic() + seconds
-    said = False
-    while True:
-        manifest = packed.read_manifest(folder)
-        if manifest:
-            return manifest
-        if time.monotonic() >= deadline:
-            raise TrainingError(
-                f"no data set appeared in {folder} within {seconds:.0f} s; look at the log of the pod that prepares it"
-            )
-        if not said:
-            say(f"waiting for the data set in {folder} (up to {seconds:.0f} s)")
-            said = True
-        time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
 
 
 def require(folder: Path) -> packed.Manifest:
