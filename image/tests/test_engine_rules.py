@@ -27,6 +27,16 @@ OTHERS = """
 iptables -P FORWARD DROP; iptables -N MINE; iptables -A FORWARD -s 10.9.9.0/24 -j MINE
 iptables -t nat -A POSTROUTING -s 10.9.9.0/24 -j MASQUERADE; ip6tables -A INPUT -s fd00::/8 -j ACCEPT
 """
+BRIDGE = "ip link add docker0 type bridge; ip addr add 172.31.0.1/16 dev docker0; ip link set docker0 up"
+# Runs "$@" with the links of the namespace $0 in /sys, where a test of another engine may have a docker0.
+AMID = """
+folder=$(mktemp --directory)
+nsenter --net="/run/netns/$0" mount --types sysfs sysfs "$folder"
+for part in class/net devices/virtual/net; do mount --bind "$folder/$part" "/sys/$part"; done
+umount "$folder"
+rmdir "$folder"
+exec "$@"
+"""
 
 
 @pytest.fixture
@@ -40,9 +50,13 @@ def space(tmp_path):
             pytest.skip("needs dockerd and iptables; K8SCIFAR_INSTALL=1 installs them")
         debian.install("docker.io", "iptables")
     name = f"k8scifar-{os.getpid()}-engine"
-    subprocess.run(["ip", "netns", "add", name], check=True)
+    around = f"{name}-around"
+    for space in (name, around):
+        subprocess.run(["ip", "netns", "add", space], check=True)
     subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-    within = ["nsenter", f"--net=/run/netns/{name}"]  # `ip netns exec` would hide the control groups
+    subprocess.run(["ip", "-n", around, "link", "add", "docker0", "type", "bridge"], check=True)
+    # `ip netns exec` would hide the control groups.
+    within = ["unshare", "--mount", "sh", "-ec", AMID, around, "nsenter", f"--net=/run/netns/{name}"]
 
     def run(script: str, **options) -> subprocess.Popen:
         return subprocess.Popen(
@@ -50,7 +64,8 @@ def space(tmp_path):
         )
 
     yield run
-    subprocess.run(["ip", "netns", "delete", name], check=True)
+    for space in (name, around):
+        subprocess.run(["ip", "netns", "delete", space], check=True)
 
 
 def rules(space) -> list[str]:
@@ -63,7 +78,7 @@ def rules(space) -> list[str]:
     return [line for line in lines if not re.fullmatch(r":\w+ ACCEPT", line)]  # a table that is there, and empty
 
 
-@pytest.mark.parametrize("others", [OTHERS, "true"])
+@pytest.mark.parametrize("others", [OTHERS, BRIDGE, "true"])
 @pytest.mark.parametrize("stopped", [False, True])
 def test_nothing_of_dockers_stays(space, others, stopped):
     space(others).communicate(timeout=60)

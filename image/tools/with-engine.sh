@@ -37,7 +37,7 @@ restore() {
         /^-A/ { if (!((table, $0) in known) && !/^-A DOCKER/ && /DOCKER|docker0|br-[0-9a-f]{12}/) { sub(/^-A/, "-D"); print } }
     ' | "${family}tables-restore" --noflush 2>/dev/null || echo "note: docker's rules in ${family}tables stay" >&2
 }
-bridge=$([ -e /sys/class/net/docker0 ] || echo docker0)
+bridge=$(ip link show docker0 >/dev/null 2>&1 || echo docker0)  # /sys may show another namespace's network
 export DOCKER_HOST="unix://$folder/docker.sock"
 dockerd --data-root "$folder/data" --exec-root "$folder/exec" --host "$DOCKER_HOST" --pidfile "$folder/pid" \
     >"$folder/log" 2>&1 &
