@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import debian
 import hosts
@@ -97,27 +96,22 @@ def test_nothing_of_dockers_stays(space, others, stopped):
     assert rules(space) == before
 
 
-def engines() -> set[Path]:
-    """The folders of throw-away engines, somebody else's too."""
-    return set(Path(tempfile.gettempdir()).glob("k8scifar-engine.*"))
-
-
 @pytest.mark.parametrize("runs", ["cat", "sleep 600"])  # with its input, or not by itself
 def test_the_engine_ends_with_a_killed_runner(space, runs):
     """The janitor asks it to end, and leaves its parts alone until it has cleaned up."""
-    before, others = rules(space), engines()
+    before = rules(space)
     script = (
         "import subprocess, sys; sys.path.insert(0, sys.argv[1]); import janitor; janitor.start()\n"
         "engine = subprocess.Popen([sys.argv[2], 'sh', '-c', 'echo begun; ' + sys.argv[3]], stdin=subprocess.PIPE)\n"
         "engine.wait()"
     )
     command = f"exec {sys.executable} -c {shlex.quote(script)} {HELPERS} {ENGINE} {shlex.quote(runs)}"
-    runner = space(command)
-    assert runner.stdout.readline() == "begun\n"
-    folders = engines() - others
-    assert folders and rules(space) != before
-    runner.kill()
-    end = time.monotonic() + patient(100)
-    while rules(space) != before or folders & engines():
-        assert time.monotonic() < end, rules(space)
-        time.sleep(0.2)
+    with tempfile.TemporaryDirectory(prefix="k8scifar-", ignore_cleanup_errors=True) as folder:
+        runner = space(command, env=os.environ | {"TMPDIR": folder})
+        assert runner.stdout.readline() == "begun\n"
+        assert os.listdir(folder) and rules(space) != before
+        runner.kill()
+        end = time.monotonic() + patient(100)
+        while rules(space) != before or os.listdir(folder):
+            assert time.monotonic() < end, rules(space)
+            time.sleep(0.2)
