@@ -128,15 +128,26 @@ def test_the_form_depends_on_shape_and_precision_alone(forms, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("features", "most", "kind"),
-    [({"amx_bf16"}, "ALL", "amx"), ({"amx_bf16"}, "AVX512_CORE_BF16", "bf16"), ({"avx512_bf16"}, "ALL", "bf16")],
+    ("vendor", "features", "most", "kind"),
+    [
+        ("GenuineIntel", "amx_bf16 avx512_bf16", "ALL", "fast bf16"),
+        ("GenuineIntel", "amx_bf16 avx512_bf16", "AVX512_CORE_BF16", "slow bf16"),
+        ("GenuineIntel", "avx512_bf16", "ALL", "slow bf16"),
+        ("AuthenticAMD", "avx512_bf16", "ALL", "fast bf16"),
+        ("AuthenticAMD", "avx512_bf16", "AVX512_CORE_BF16", "fast bf16"),
+        ("AuthenticAMD", "avx2", "ALL", "slow bf16"),
+    ],
 )
-def test_what_the_processor_has_is_what_is_asked(monkeypatch, tmp_path, features, most, kind):
-    convolution._has_amx.cache_clear()
-    (tmp_path / "cpuinfo").write_text(f"flags : {' '.join(features)}\n")
-    found = functools.partial(machine.cpu_features, tmp_path / "cpuinfo")
-    monkeypatch.setattr(convolution.machine, "cpu_features", found)
+def test_what_the_processor_has_is_what_is_asked(monkeypatch, tmp_path, vendor, features, most, kind):
+    convolution._fast_bf16.cache_clear()
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\nflags\t\t: {features}\n")
+    found = functools.partial(machine.fast_bf16, tmp_path / "cpuinfo")
+    monkeypatch.setattr(convolution.machine, "fast_bf16", found)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
     assert convolution.kind(torch.bfloat16) == kind
     assert convolution.kind(torch.float32) == "fp32"
-    convolution._has_amx.cache_clear()
+    convolution._fast_bf16.cache_clear()
+
+
+def test_a_machine_that_does_not_tell_has_no_fast_bf16(tmp_path):
+    assert not machine.fast_bf16(tmp_path / "none")

@@ -27,9 +27,9 @@ from k8scifar.training import winograd
 MEASURED = platform.machine() in ("x86_64", "AMD64")  # elsewhere torch's own convolution, until somebody has measured
 # From how many output channels for each pixel of an output image on products are faster: for all three (output and both
 # gradients), and for the gradient of the weights alone. Measured for batches of 125 (`make bench ROWS=products`).
-FEW = {"fp32": (32, 32), "bf16": (128, 32), "amx": (32, 7)}
+FEW = {"fp32": (32, 32), "slow bf16": (128, 32), "fast bf16": (32, 7)}
 # From how many channels, in and out, on winograd.py's form is faster (the same row).
-WINOGRAD = {"fp32": 64, "bf16": 256, "amx": math.inf}
+WINOGRAD = {"fp32": 64, "slow bf16": 256, "fast bf16": math.inf}
 
 
 class Convolution(nn.Conv2d):
@@ -161,10 +161,10 @@ def kind(dtype: torch.dtype) -> str:
     """How this processor multiplies matrices of this type, of the kinds in FEW."""
     if dtype != torch.bfloat16:
         return "fp32"
-    return "amx" if _has_amx() else "bf16"
+    return "fast bf16" if _fast_bf16() else "slow bf16"
 
 
 @functools.cache
-def _has_amx() -> bool:
-    """Whether this processor has units of their own for bf16 matrices, and oneDNN may use them."""
-    return "amx_bf16" in machine.cpu_features()
+def _fast_bf16() -> bool:
+    """Whether bf16 is several times as fast as float32 here."""
+    return machine.fast_bf16()
