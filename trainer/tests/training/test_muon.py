@@ -12,11 +12,15 @@ from k8scifar.config import loading
 from k8scifar.ranks.owners import PER_NUMBER, divide
 from k8scifar.training import muon, optim
 
+PRODUCTS = pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
+
+@PRODUCTS
 @pytest.mark.parametrize("shape", [(16, 144), (64, 64), (48, 16)])
-def test_direction_is_near_the_polar_factor(shape):
+def test_direction_is_near_the_polar_factor(shape, products):
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    found = muon.orthogonal(gradient, 5)
+    found = muon.orthogonal(gradient, 5, products)
+    assert found.dtype == torch.float32
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     scale = max(1.0, shape[0] / shape[1]) ** 0.5
     singular = torch.linalg.svdvals(found) / scale
@@ -37,8 +41,25 @@ def test_iteration_on_the_square_equals_the_one_on_the_matrix(iterations):
     torch.testing.assert_close(muon.orthogonal(gradient, iterations), wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_zeros_stay_zeros():
-    assert not muon.orthogonal(torch.zeros(4, 8), 5).any()
+@pytest.mark.parametrize("iterations", [3, 5])
+def test_bfloat16_is_near_float32(iterations, monkeypatch):
+    """Few large singular values and many small ones, of which it rounds off most."""
+    generator = torch.Generator().manual_seed(3)
+    left, right = torch.randn(128, 4, generator=generator), torch.randn(4, 512, generator=generator)
+    gradient = left @ right + 0.3 * torch.randn(128, 512, generator=generator)
+    wanted = muon.orthogonal(gradient, iterations)
+
+    def error() -> float:
+        return float((muon.orthogonal(gradient, iterations, torch.bfloat16) - wanted).norm() / wanted.norm())
+
+    assert 0 < error() < 0.05
+    monkeypatch.setattr(muon, "BFLOAT16_SPAN", 5)
+    assert (error() > 1) is (iterations > 3), "on one square matrix to the end"
+
+
+@PRODUCTS
+def test_zeros_stay_zeros(products):
+    assert not muon.orthogonal(torch.zeros(4, 8), 5, products).any()
 
 
 def convolutions() -> list[nn.Parameter]:
@@ -107,14 +128,18 @@ def test_work_is_divided_evenly_and_counted(resnet18):
     assert sum(received) == pytest.approx(sum(sizes) / 2, rel=0.1)
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
-        muon.orthogonal(torch.ones(64, 576), 5)
-    assert counter.get_total_flops() == muon.flops(torch.empty(64, 64, 3, 3), 5)
+    for products in (torch.float32, torch.bfloat16):
+        with FlopCounterMode(display=False) as counter:
+            muon.orthogonal(torch.ones(64, 576), 5, products)
+        assert counter.get_total_flops() == muon.flops(torch.empty(64, 64, 3, 3), 5, products)
 
 
 def test_groups_of_a_network(resnet18):
-    config = loading.load(sets=["optimizer.name=muon", "optimizer.lr=0.2", "optimizer.muon_lr=0.1"])
+    sets = ["optimizer.name=muon", "optimizer.lr=0.2", "optimizer.muon_lr=0.1", "optimizer.norm_bias_lr=1"]
+    config = loading.load(sets=sets)
     optimizer = optim.build(resnet18, config)
+    assert optimizer.products == torch.float32
+    assert optim.build(resnet18, config, "bf16").products == torch.bfloat16
     sgd, hidden = optimizer.param_groups[:2], optimizer.param_groups[2]
     assert len(hidden["params"]) == 19
     assert not any(parameter is resnet18.conv1.weight for parameter in hidden["params"])
@@ -152,7 +177,8 @@ def test_a_resumed_optimiser_keeps_its_momenta_and_takes_new_settings():
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3), nn.Linear(8, 3))
         for parameter in net.parameters():
             parameter.grad = torch.ones_like(parameter)
-        return optim.build(net, loading.load(sets=["optimizer.name=muon", "optimizer.lr=0.2", *sets]))
+        plain = ["optimizer.name=muon", "optimizer.lr=0.2", "optimizer.norm_bias_lr=1"]
+        return optim.build(net, loading.load(sets=[*plain, *sets]))
 
     before = build("optimizer.muon_lr=0.1", "optimizer.momentum=0.9")
     before.step()

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of the first source: p(x) = a x + b x^3 + c x^5 lifts small singular values fast
+# What bfloat16 rounds off small eigenvalues of X X^T grows twelvefold an iteration: after so many it is formed anew.
+BFLOAT16_SPAN = 3
 
 
 class Muon(torch.optim.SGD):
@@ -28,11 +30,20 @@ class Muon(torch.optim.SGD):
 
     Args:
         iterations: of the polynomial.
+        products: float32 or bfloat16, the dtype of a direction's matrix products.
         groups, settings: as in torch.optim.SGD; `momentum` and `nesterov` hold for both kinds of groups.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], iterations: int, **settings: Any) -> None:
-        self._momentum, self._nesterov, self._iterations = settings["momentum"], settings["nesterov"], iterations
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        iterations: int,
+        products: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> None:
+        self._momentum, self._nesterov = settings["momentum"], settings["nesterov"]
+        self.products = products
+        self._polynomial = iterations, products
         plain = {"momentum": 0.0, "nesterov": False}  # SGD's part in a group of Muon
         super().__init__([group | plain if group.get("muon") else group for group in groups], **settings)
         self._direct: Callable[[], None] | None = None
@@ -49,17 +60,17 @@ class Muon(torch.optim.SGD):
 
     def step_flops(self) -> int:
         """Floating point operations of a step's matrix products, each matrix counted once."""
-        return sum(flops(parameter, self._iterations) for parameter in self.hidden)
+        return sum(flops(parameter, *self._polynomial) for parameter in self.hidden)
 
     @torch.no_grad()
     def rehearse(self) -> None:
         """The work of all directions, for its time alone."""
         for parameter in self.hidden:
-            orthogonal(matrix(parameter), self._iterations)
+            orthogonal(matrix(parameter), *self._polynomial)
 
     def cost(self, parameter: nn.Parameter) -> float:
         """Floating point operations of a direction."""
-        return flops(parameter, self._iterations)
+        return flops(parameter, *self._polynomial)
 
     @torch.no_grad()
     def direction(self, parameter: nn.Parameter, rehearsal: bool = False) -> torch.Tensor:
@@ -69,11 +80,11 @@ class Muon(torch.optim.SGD):
         """
         gradient = parameter.grad
         if rehearsal:
-            return orthogonal(matrix(gradient), self._iterations)
+            return orthogonal(matrix(gradient), *self._polynomial)
         momentum = self.state[parameter]["momentum_buffer"]
         momentum.mul_(self._momentum).add_(gradient)
         wanted = gradient.add(momentum, alpha=self._momentum) if self._nesterov else momentum
-        return orthogonal(matrix(wanted), self._iterations)
+        return orthogonal(matrix(wanted), *self._polynomial)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -97,16 +108,31 @@ def matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight.movedim(1, -1).reshape(len(weight), -1)
 
 
-def orthogonal(gradient: torch.Tensor, iterations: int) -> torch.Tensor:
+def orthogonal(gradient: torch.Tensor, iterations: int, products: torch.dtype = torch.float32) -> torch.Tensor:
     """About the semi-orthogonal matrix nearest to a float32 matrix, scaled as Muon does; zeros stay zeros.
 
     X <- a X + b (X X^T) X + c (X X^T)^2 X is X <- S X with S a polynomial in X X^T. So the iteration runs on the small
-    square matrix X X^T alone, and X is multiplied once, at the end: for 512 x 4608 a third of the work.
+    square matrix X X^T alone, and X is multiplied once, at the end: for 512 x 4608 a third of the work. With `products`
+    in bfloat16 it is about 1.5 % away from that in float32, as far as the iteration on X would be.
     """
     rows, columns = gradient.shape
     wide = gradient if rows <= columns else gradient.T
-    wide = wide / (wide.norm() + 1e-7)
-    square, product = wide @ wide.T, None
+    wide = (wide / (wide.norm() + 1e-7)).to(products)
+    for span in spans(iterations, products):
+        wide = _polynomial(wide @ wide.T, span) @ wide
+    out = wide.float() * max(1.0, rows / columns) ** 0.5
+    return out if rows <= columns else out.T
+
+
+def spans(iterations: int, products: torch.dtype) -> list[int]:
+    """The iterations that run on one square matrix, for each such matrix."""
+    span = BFLOAT16_SPAN if products == torch.bfloat16 else iterations
+    return [min(span, iterations - begun) for begun in range(0, iterations, span)]
+
+
+def _polynomial(square: torch.Tensor, iterations: int) -> torch.Tensor:
+    """What X is multiplied by in so many iterations, [n, n], from X X^T, [n, n]."""
+    product = None
     a, b, c = QUINTIC
     for last in range(iterations - 1, -1, -1):
         factor = torch.addmm(square, square, square, beta=b, alpha=c)
@@ -114,11 +140,10 @@ def orthogonal(gradient: torch.Tensor, iterations: int) -> torch.Tensor:
         product = factor if product is None else factor @ product
         if last:
             square = factor @ square @ factor
-    out = (product @ wide) * max(1.0, rows / columns) ** 0.5
-    return out if rows <= columns else out.T
+    return product
 
 
-def flops(weight: torch.Tensor, iterations: int) -> int:
+def flops(weight: torch.Tensor, iterations: int, products: torch.dtype = torch.float32) -> int:
     """Floating point operations of one direction (2 a multiply-add)."""
     short, long = sorted((len(weight), weight.numel() // len(weight)))
-    return 4 * short**2 * long + (8 * iterations - 6) * short**3
+    return sum(4 * short**2 * long + (8 * span - 6) * short**3 for span in spans(iterations, products))

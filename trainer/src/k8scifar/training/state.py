@@ -68,7 +68,7 @@ class State:
             ddp.module = compiling.compiled(net, config)
         statistics = norms.Statistics(norms.layers(net), constant=config.hardware.compile)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        optimizer = optim.build(net, config)
+        optimizer = optim.build(net, config, precision)
         scaler = scaling.scaler(world.device, precision)
         return cls(
             config,
