@@ -18,6 +18,7 @@ TRAININGS = [(optimizer, precision) for optimizer in ("sgd", "muon") for precisi
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
 SETS = [
     "epochs=1", "global_batch=100", "micro_batch=50", "optimizer.lr=0.002", "optimizer.muon_lr=0.002",
+    "optimizer.norm_bias_lr=1.0",
     "resolution=[{until: 0.5, pixels: 8}, {until: 1.0, pixels: 12}]", "label_smoothing=0.1",
     "evaluation.tta=false", "evaluation.every_epochs=0", "checkpoint.every_seconds=0", "log.tensorboard=false",
     "hardware.device=cpu", "hardware.threads=1",
