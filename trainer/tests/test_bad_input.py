@@ -135,7 +135,8 @@ def test_checkpoint_of_another_architecture_configuration_or_data(alone, tmp_pat
 
 
 def test_loss_that_is_not_finite(train, tmp_path):
-    done = train(2, "--set", "optimizer.lr=100", "--set", "epochs=4", "--set", "checkpoint.keep=9")
+    sets = "optimizer.lr=100", "optimizer.norm_bias_lr=1", "epochs=4", "checkpoint.keep=9"
+    done = train(2, *(part for value in sets for part in ("--set", value)))
     assert done.returncode != 0
     message = told(done.stderr)
     assert "not finite at step" in message
