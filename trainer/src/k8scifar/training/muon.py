@@ -42,8 +42,7 @@ class Muon(torch.optim.SGD):
         **settings: Any,
     ) -> None:
         self._momentum, self._nesterov = settings["momentum"], settings["nesterov"]
-        self.products = products
-        self._polynomial = iterations, products
+        self._iterations, self.products = iterations, products
         plain = {"momentum": 0.0, "nesterov": False}  # SGD's part in a group of Muon
         super().__init__([group | plain if group.get("muon") else group for group in groups], **settings)
         self._direct: Callable[[], None] | None = None
@@ -60,17 +59,17 @@ class Muon(torch.optim.SGD):
 
     def step_flops(self) -> int:
         """Floating point operations of a step's matrix products, each matrix counted once."""
-        return sum(flops(parameter, *self._polynomial) for parameter in self.hidden)
+        return sum(flops(parameter, self._iterations, self.products) for parameter in self.hidden)
 
     @torch.no_grad()
     def rehearse(self) -> None:
         """The work of all directions, for its time alone."""
         for parameter in self.hidden:
-            orthogonal(matrix(parameter), *self._polynomial)
+            orthogonal(matrix(parameter), self._iterations, self.products)
 
     def cost(self, parameter: nn.Parameter) -> float:
         """Floating point operations of a direction."""
-        return flops(parameter, *self._polynomial)
+        return flops(parameter, self._iterations, self.products)
 
     @torch.no_grad()
     def direction(self, parameter: nn.Parameter, rehearsal: bool = False) -> torch.Tensor:
@@ -80,11 +79,11 @@ class Muon(torch.optim.SGD):
         """
         gradient = parameter.grad
         if rehearsal:
-            return orthogonal(matrix(gradient), *self._polynomial)
+            return orthogonal(matrix(gradient), self._iterations, self.products)
         momentum = self.state[parameter]["momentum_buffer"]
         momentum.mul_(self._momentum).add_(gradient)
         wanted = gradient.add(momentum, alpha=self._momentum) if self._nesterov else momentum
-        return orthogonal(matrix(wanted), *self._polynomial)
+        return orthogonal(matrix(wanted), self._iterations, self.products)
 
     @torch.no_grad()
     def step(self) -> None:
