@@ -1,9 +1,9 @@
-"""One rank of test_comm.py, under torchrun: several trainings one after the other, to import torch only once.
+"""One rank of runs.train_in_turn, under torchrun: several trainings one after the other, to import torch only once.
 
-Arguments: a JSON file of trainings, each {"port", "arguments", "cut", "slow"}. With "slow" the ranks believe that each
-has a host of its own, and, once they have measured the wire, that it is a slow one. With "speeds" (seconds of a
-micro-batch by rank) each believes that it has a host of its own, and that these were measured; "later" holds what it is
-to believe at the end of each epoch, and the gradients of the first step are kept. With "cut": {"from", "to", "step"}
+Arguments: a JSON file of trainings, each {"port", "arguments", "cut"}. With "apart" the ranks believe that each has a
+host; with "slow" also, once they have measured the wire, that it is a slow one. With "speeds" (seconds of a
+micro-batch by rank) each believes that it has a host, and that these were measured; "later" holds what it is to
+believe at the end of each epoch, and the gradients of the first step are kept. With "cut": {"from", "to", "step"}
 rank 0 first copies a finished run's folder as a crash would leave it after that step. Each rank's hash of its own
 weights at the end of each epoch and of the run, and after each averaging of local SGD, is added to hashes.RANK beside
 the file.
@@ -150,11 +150,13 @@ def run(plan: Path, rank: str) -> int:
     for training in json.loads(plan.read_text()):
         if rank == "0" and training["cut"]:
             cut(Path(training["cut"]["from"]), Path(training["cut"]["to"]), training["cut"]["step"])
-        apart = training["slow"] or training["speeds"]
+        speeds = training.get("speeds")
+        apart = training.get("apart") or training.get("slow") or speeds
         os.environ["LOCAL_WORLD_SIZE"] = "1" if apart else os.environ["WORLD_SIZE"]
-        choice.alone = told(alone, training["speeds"]) if training["speeds"] else alone
-        choice.timed = as_told(timed) if training["speeds"] else timed
-        later = iter(training["later"] or [])
+        choice.measure = slow(measure) if training.get("slow") else measure
+        choice.alone = told(alone, speeds) if speeds else alone
+        choice.timed = as_told(timed) if speeds else timed
+        later = iter(training.get("later", []))
         meter.own_seconds = lambda found, shares, later=later: next(later, None) or own_seconds(found, shares)
         session.resolve_precision = scaled if training.get("scaled") else resolve_precision
         os.environ["MASTER_PORT"] = str(training["port"])
@@ -168,9 +170,8 @@ if __name__ == "__main__":
     Session.finish_epoch, Session.complete = noted(Session.finish_epoch), noted(Session.complete)
     resolve_precision = session.resolve_precision
     device.DTYPES["fp16"] = torch.bfloat16
-    alone, timed, own_seconds = choice.alone, choice.timed, meter.own_seconds
+    alone, timed, measure, own_seconds = choice.alone, choice.timed, choice.measure, meter.own_seconds
     Session.step = keeping_gradients(overflowing(Session.step))
-    choice.measure = slow(choice.measure)
     LocalSGD._average_movement = noted_when_averaged(LocalSGD._average_movement)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     sys.exit(run(Path(sys.argv[1]), os.environ["RANK"]))

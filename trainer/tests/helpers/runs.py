@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import yaml
 
 # Tests mean the CPU, whatever the machine has; those marked `gpu` give their processes GPU_ENVIRONMENT.
 # Kept under another name, for xdist's workers find the former one hidden already.
@@ -28,6 +31,7 @@ TINY = {
     "log": {"every_seconds": 0.5, "every_steps": 3},
 }
 HELPERS = Path(__file__).parent
+CUT_AT = 4  # steps of a training that `train_in_turn` resumes, unless the training says otherwise
 
 
 def train_command(ranks: int, config: Path, data: Path, runs: Path, name: str, *arguments: str) -> list[str]:
@@ -43,6 +47,35 @@ def run(command: list[str], timeout: float = 240, **options) -> subprocess.Compl
     """Run a command with one thread a process, its output captured as text."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **options)
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody uses."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def train_in_turn(
+    folder: Path, data: Path, trainings: list[dict], ranks: int = 2, config: dict = TINY
+) -> subprocess.CompletedProcess:
+    """Run the trainings (keys: name, sets, comm_ranks.py's) one after the other in the same ranks."""
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    plan = []
+    for port, training in zip(free_ports(len(trainings)), trainings, strict=True):
+        paths = ["--config", str(folder / "tiny.yaml"), "--data-dir", str(data), "--runs-dir", str(folder)]
+        sets = [part for value in training["sets"] for part in ("--set", value)]
+        if cut := training.get("cut"):
+            places = {"from": str(folder / cut), "to": str(folder / training["name"])}
+            cut = places | {"step": training.get("cut_at", CUT_AT)}
+        plan.append(training | {"port": port, "arguments": [*paths, "--name", training["name"], *sets], "cut": cut})
+    (folder / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return run([*command, str(HELPERS / "comm_ranks.py"), str(folder / "plan.json")], timeout=280)
 
 
 def cli_command(*arguments: str) -> list[str]:

@@ -1,20 +1,13 @@
-"""Ways of communicating: every mode trains, keeps the replicas equal and resumes bit for bit; `auto` chooses well."""
+"""Ways of communicating: every mode trains and keeps the replicas equal; `auto` chooses well."""
 
 from __future__ import annotations
 
-import json
 import re
-import socket
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from comm_ranks import cut
-from runs import HELPERS, TINY, run, weights_hash
+from runs import CUT_AT, train_in_turn, weights_hash
 
-from k8scifar.cli import main
 from k8scifar.config import loading
 from k8scifar.errors import UserError
 from k8scifar.ranks import choice
@@ -28,48 +21,17 @@ from k8scifar.training.state import check_resumable
 pytestmark = pytest.mark.slow
 
 MODES = ["bf16", "int8", "local-sgd"]  # test_train.py has allreduce
-CUT_AT = 4  # of 6 steps; local SGD averages after steps 3 and 6
+# Of 6 steps local SGD averages after steps 3 and 6.
 SHORT = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "distributed.local_sgd_steps=3"]
-
-
-def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody uses."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def start(folder: Path, data: Path, trainings: list[dict], ranks: int = 2):
-    """Run the trainings (keys: name, sets, comm_ranks.py's) in the same ranks; returns the finished torchrun."""
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    plan = []
-    for port, training in zip(free_ports(len(trainings)), trainings, strict=True):
-        paths = ["--config", str(folder / "tiny.yaml"), "--data-dir", str(data), "--runs-dir", str(folder)]
-        sets = [part for value in training["sets"] for part in ("--set", value)]
-        cut = training.get("cut")
-        if cut:
-            places = {"from": str(folder / cut), "to": str(folder / training["name"])}
-            cut = places | {"step": training.get("cut_at", CUT_AT)}
-        plan.append({"port": port, "arguments": [*paths, "--name", training["name"], *sets], "cut": cut})
-        plan[-1] |= {key: training.get(key, False) for key in ("slow", "scaled", "speeds", "later")}
-    (folder / "plan.json").write_text(json.dumps(plan))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return run([*command, str(HELPERS / "comm_ranks.py"), str(folder / "plan.json")], timeout=280)
 
 
 @pytest.fixture(scope="module")
 def trained(module_path, tiny_data):
-    """Each mode undisturbed, and resumed within an epoch with checkpoints at other steps: (folder, what was said)."""
+    """Each mode undisturbed, `auto`, and Muon on one machine and on two: (folder, what was said)."""
     trainings = []
     for mode in MODES:
         sets = [*SHORT, f"distributed.comm={mode}", "log.every_steps=1", *["optimizer.name=muon"] * (mode == "int8")]
         trainings.append({"name": mode, "sets": [*sets, f"checkpoint.every_steps={CUT_AT}"]})
-        sets += ["checkpoint.every_steps=5", "log.tensorboard=false"]
-        trainings.append({"name": f"{mode}-resumed", "sets": sets, "cut": mode})
     sets = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "log.tensorboard=false"]
     few = [*sets, "distributed.local_sgd_steps=4", "optimizer.name=muon"]
     shared = [*sets, "optimizer.name=muon", f"checkpoint.every_steps={CUT_AT}"]
@@ -83,18 +45,9 @@ def trained(module_path, tiny_data):
         {"name": "muon-resumed", "sets": shared, "cut": "muon-apart", "speeds": [1.0, 1.0]},
         {"name": "muon-taken-over", "sets": shared, "cut": "muon", "speeds": [1.0, 1.0]},
     ]
-    done = start(module_path, tiny_data, trainings)
+    done = train_in_turn(module_path, tiny_data, trainings)
     assert done.returncode == 0, done.stderr
     return module_path, done.stderr
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_resumed_within_an_epoch_equals_undisturbed_bit_for_bit(trained, mode):
-    folder, said = trained
-    assert weights_hash(folder / f"{mode}-resumed") == weights_hash(folder / mode)
-    assert json.loads((folder / mode / "summary.json").read_text())["identity"]["distributed.comm"] == mode
-    assert f"resuming at step {CUT_AT}" in said
-    assert re.search(rf"communication: {mode}[^;]*; as distributed.comm says", said)
 
 
 def test_gradients_sent_to_their_owners_alone_give_the_weights_of_an_all_reduce_bit_for_bit(trained):
@@ -123,7 +76,7 @@ def test_replicas_are_bit_identical_and_the_modes_differ(trained):
     assert ranks[0] == ranks[1]
     assert any(line.startswith("averaged ") for line in ranks[0]), "local SGD within an epoch"
     last = {line.split()[0]: line.split()[2] for line in ranks[0] if line.split()[1] == "6"}
-    assert len(last) == 2 * len(MODES) + 7
+    assert len(last) == len(MODES) + 7
     assert len(set(last.values())) == len(MODES) + 2
 
 
@@ -154,17 +107,6 @@ def test_time_of_communication_is_on_tensorboard(trained, mode):
     if mode == "local-sgd":  # averages after steps 3 and 6
         waits = shares["communication"]
         assert min(waits[2], waits[5]) > max(waits[1], waits[3], waits[4])
-
-
-def test_one_rank_goes_on_from_a_checkpoint_of_two(trained, tiny_data, tmp_path, capsys):
-    cut(trained[0] / "local-sgd", tmp_path / "alone", CUT_AT)
-    sets = [*SHORT, "distributed.comm=local-sgd", "log.tensorboard=false"]
-    paths = ["--config", str(trained[0] / "tiny.yaml"), "--data-dir", str(tiny_data), "--runs-dir", str(tmp_path)]
-    arguments = [*paths, "--name", "alone", *(part for value in sets for part in ("--set", value))]
-    assert main(["train", *arguments]) == 0
-    assert f"resuming at step {CUT_AT}" in capsys.readouterr().err
-    assert main(["train", *arguments]) == 0
-    assert "already finished" in capsys.readouterr().err
 
 
 def times(movement: float, updates: float = 0.0, **exposed: float) -> Times:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import HELPERS, TINY, run
-from test_comm import free_ports
+from runs import HELPERS, TINY, free_ports, run
 
 from k8scifar.data import packed
 from k8scifar.data.prepare import prepare

@@ -7,8 +7,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from runs import weights_hash
-from test_comm import CUT_AT, start
+from runs import CUT_AT, train_in_turn, weights_hash
 
 from k8scifar import machine
 from k8scifar.config import loading
@@ -138,7 +137,7 @@ def test_overflows_are_left_out_and_a_resumed_run_equals_the_undisturbed_one(tin
         {"name": "resumed", "sets": sets, "scaled": True, "cut": "whole"},
         {"name": "local", "sets": local, "scaled": True},
     ]
-    done = start(tmp_path, tiny_data, trainings)
+    done = train_in_turn(tmp_path, tiny_data, trainings)
     assert done.returncode == 0, done.stderr
     assert weights_hash(tmp_path / "resumed") == weights_hash(tmp_path / "whole")
     assert done.stderr.count("step 2 left out: gradients beyond fp16; the loss scale is now 32768") == 2

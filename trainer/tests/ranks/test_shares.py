@@ -8,8 +8,7 @@ import types
 
 import pytest
 import torch
-from runs import history, weights_hash
-from test_comm import CUT_AT, start
+from runs import CUT_AT, history, train_in_turn, weights_hash
 
 from k8scifar.config import loading
 from k8scifar.ranks import choice, shares
@@ -38,7 +37,7 @@ def trained(module_path, tiny_data):
         {"name": "bf16-divided", "sets": [*SETS, "distributed.comm=bf16"], "speeds": TWICE},
         {"name": "local-sgd", "sets": [*SETS, "distributed.comm=local-sgd"], "speeds": TWICE},
     ]
-    done = start(module_path, tiny_data, trainings)
+    done = train_in_turn(module_path, tiny_data, trainings)
     assert done.returncode == 0, done.stderr
     return module_path, done.stderr
 

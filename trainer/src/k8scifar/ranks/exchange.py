@@ -75,9 +75,7 @@ class AllReduce:
         self.divide_updates([1.0] * world.size)
         if isinstance(optimizer, SharesWork):
             optimizer.share(self._direct if self._directs else None)
-        hook = self._hook()
-        if hook or hasattr(ddp, "bucket_hooks"):
-            _listen(ddp, hook or self._reduce)
+        _listen(ddp, self._hook())
 
     def _owned_matrices(self) -> list[nn.Parameter]:
         """The matrices that have owners."""
@@ -90,18 +88,21 @@ class AllReduce:
         kind: Any = {"dtype": torch.bfloat16, "device": self._world.device}
         return {parameter: torch.zeros(rows(parameter).shape, **kind) for parameter in self._matrices}
 
-    def _hook(self) -> Callable[..., torch.futures.Future[torch.Tensor]] | None:
-        """What is called with each bucket of gradients; None: DDP's own all-reduce."""
+    def _hook(self) -> Callable[..., torch.futures.Future[torch.Tensor]]:
+        """What is called with each bucket of gradients.
+
+        Never DDP's own all-reduce: a process that has timed the wire could not go back to it, and it multiplies by
+        1 / world size where `_reduce` divides: other bits at three ranks.
+        """
         apart = self._world.local_size < self._world.size and self._world.device.type == "cpu"
-        return self._send if self._matrices and apart else None
+        return self._send if self._matrices and apart else self._reduce
 
     def _send(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         return self._owners.send(_, bucket)
 
     def _reduce(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        buffer = bucket.buffer()
-        rounded = (buffer / self._world.size).to(self.there.dtype)
-        sent = dist.all_reduce(rounded, async_op=True).get_future()
+        buffer = bucket.buffer().div_(self._world.size)
+        sent = dist.all_reduce(buffer.to(self.there.dtype), async_op=True).get_future()
         return sent.then(lambda done: buffer.copy_(done.value()[0]))
 
     @property
@@ -199,22 +200,34 @@ class AllReduce:
 
     @torch.no_grad()
     def restore(self, saved: dict[str, Any]) -> bool:
-        """Take over a snapshot, weights and optimiser being there already; False where it is another mode's.
+        """Take over a snapshot, weights and optimiser being there already.
 
-        After a change of the world size each rank takes the mean of the former ranks' rows.
+        False where it is of another mode or of other ranks: see `merge`, and `begin` after it.
         """
         self._begun = True
-        shared, own, rows = self._shared(), self._own(), saved["own"]
+        shared, own, rows = self._shared(), self._own(), saved.get("own")
         width = sum(tensor.numel() for tensor in own)
-        same = [tensor.shape for tensor in shared] == [tensor.shape for tensor in saved["shared"]]
-        if saved["mode"] != self.name or not same or width != (0 if rows is None else rows.shape[1]):
-            return False  # other settings, which the user has accepted
+        same = [tensor.shape for tensor in shared] == [tensor.shape for tensor in saved.get("shared", [])]
+        if saved.get("mode") != self.name or not same or width != (0 if rows is None else rows.shape[1]):
+            return False
+        if rows is not None and len(rows) != self._world.size:
+            return False
         for tensor, values in zip(shared, saved["shared"], strict=True):
             tensor.copy_(values)
         if rows is not None:
-            row = rows[self._world.rank] if len(rows) == self._world.size else rows.mean(0)
-            unflatten(row, own)
+            unflatten(rows[self._world.rank], own)
         return True
+
+    def begin(self) -> None:
+        """Called when the weights are those that all ranks begin with, other than at step 0."""
+
+    @classmethod
+    def merge(cls, saved: dict[str, Any], ddp: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+        """Put the mean of what each of the former ranks carried into weights, momenta and gradients.
+
+        Weights and momenta are the checkpoint's already. Returns a sentence for the log; "" where nothing was carried.
+        """
+        return ""
 
     def _average_weights(self) -> None:
         """Replace the weights by their mean over the ranks, float32; collective."""
@@ -235,9 +248,6 @@ class BFloat16(AllReduce):
     name = "bf16"
     there = wire.BFloat16()
 
-    def _hook(self) -> Callable[..., torch.futures.Future[torch.Tensor]]:
-        return super()._hook() or self._reduce
-
 
 class Int8(AllReduce):
     """Large matrices as bytes with a scale a row, to their owners and back; what is rounded off is made good for later.
@@ -250,8 +260,7 @@ class Int8(AllReduce):
     there = back = wire.Int8()
 
     def _owned_matrices(self) -> list[nn.Parameter]:
-        large = [parameter for parameter in self._parameters if parameter.ndim > 1 and parameter.numel() >= LARGE]
-        return self._optimizer.hidden if self._directs else large
+        return _rounded(self._ddp, self._optimizer)
 
     def _hook(self) -> Callable[..., torch.futures.Future[torch.Tensor]]:
         return self._send
@@ -268,6 +277,33 @@ class Int8(AllReduce):
 
     def _own(self) -> list[torch.Tensor]:
         return list(self._formats.rest_there.values())
+
+    @classmethod
+    @torch.no_grad()
+    def merge(cls, saved: dict[str, Any], ddp: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+        """What was rounded off gradients is added to the next step's; what was off Muon's directions, to the weights.
+
+        Every rank adds the same, so that the mean gains it once.
+        """
+        matrices, rests = _rounded(ddp, optimizer), saved["own"].float().mean(0)
+        if len(rests) != sum(matrix.numel() for matrix in matrices):
+            return ""  # of another optimiser: its matrices are others
+        rates = {weight: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+        sizes = [matrix.numel() for matrix in matrices]
+        for matrix, rest, back in zip(matrices, rests.split(sizes), saved["shared"], strict=True):
+            rows(matrix.grad).add_(rest.view_as(rows(matrix.grad)))
+            last = matrix.movedim(1, -1) if isinstance(optimizer, SharesWork) else matrix.grad.movedim(1, -1)
+            factor = -rates[matrix] if isinstance(optimizer, SharesWork) else 1.0
+            last.add_(back.float().view_as(last), alpha=factor)
+        return f"what int8 had rounded off on {len(saved['own'])} ranks goes into the next step"
+
+
+def _rounded(ddp: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The matrices that int8 rounds."""
+    if isinstance(optimizer, SharesWork):
+        return optimizer.hidden
+    parameters = [parameter for parameter in ddp.parameters() if parameter.requires_grad]
+    return [parameter for parameter in parameters if parameter.ndim > 1 and parameter.numel() >= LARGE]
 
 
 def _listen(ddp: DistributedDataParallel, hook: Callable[..., torch.futures.Future[torch.Tensor]]) -> None:

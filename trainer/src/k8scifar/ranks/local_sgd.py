@@ -78,19 +78,37 @@ class LocalSGD(AllReduce):
         self.equal = saved.get("equal", True)  # decides what _own lists
         taken = super().restore(saved)
         if self.equal or not taken:
-            torch._foreach_copy_(self._anchors, self._parameters)
-            self.equal = True
+            self.begin()
         return taken
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        self.equal = True
+        torch._foreach_copy_(self._anchors, self._parameters)
+
+    @classmethod
+    @torch.no_grad()
+    def merge(cls, saved: dict[str, Any], ddp: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+        """The weights, if the former ranks' differ, and the momenta are the means of theirs."""
+        if saved["own"] is None:
+            return ""
+        own = cls._carried(list(ddp.parameters()), optimizer, saved["equal"])
+        unflatten(saved["own"].mean(0), own)
+        what = "momenta" if saved["equal"] else "weights and momenta"
+        return f"the {what} of {len(saved['own'])} ranks in local SGD are averaged"
 
     def _shared(self) -> list[torch.Tensor]:
         return [] if self.equal else self._anchors
 
     def _own(self) -> list[torch.Tensor]:
-        momenta = [self._optimizer.state[parameter].get("momentum_buffer") for parameter in self._parameters]
+        return self._carried(self._parameters, self._optimizer, self.equal)
+
+    @staticmethod
+    def _carried(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, equal: bool) -> list[torch.Tensor]:
+        """The momenta and, unless all ranks hold the same, the weights."""
+        momenta = [optimizer.state[parameter].get("momentum_buffer") for parameter in parameters]
         own = [momentum for momentum in momenta if momentum is not None]
-        if not self.equal:
-            own += self._parameters
-        return own
+        return own if equal else own + parameters
 
 
 def mean_in_bytes(values: torch.Tensor, world: World) -> torch.Tensor:

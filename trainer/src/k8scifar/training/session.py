@@ -53,7 +53,7 @@ class Session:
         self.state = State.fresh(config, manifest, world, self.train_images, self.precision)
         payload = checkpoint.decode(found, "the checkpoint") if found is not None else None
         why, why_so = work.settle(config, world, self.state, plan, self.train_images, self.precision, payload)
-        changed = self.state.restore(payload) if payload else ""
+        changed, merged = self.state.restore(payload) if payload else ("", "")
         self.first_step = self.state.step
         now = members.present(self.first_step, world.size)
         self.state.members = members.joined(self.state.members, now)
@@ -83,6 +83,8 @@ class Session:
             self._tell_members()
         if changed:
             self.display.write(f"going on with other settings than the checkpoint's: {changed}")
+        if merged:
+            self.display.write(f"the checkpoint of step {self.first_step} was written by other ranks: {merged}")
         self.display.write(headline.headline(self))
         if precision.note:
             self.display.write(precision.note)

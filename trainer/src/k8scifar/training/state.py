@@ -202,15 +202,20 @@ class State:
             "rng": torch.get_rng_state(),  # nothing draws from it while training; kept for what may come
         }
 
-    def restore(self, payload: dict[str, Any]) -> str:
-        """Take over a checkpoint's values; returns what has changed since. Raises UserError where that may not be."""
+    def restore(self, payload: dict[str, Any]) -> tuple[str, str]:
+        """Take over a checkpoint's values; returns what has changed since, and what of several ranks is merged.
+
+        Raises UserError where a change may not be.
+        """
         changed = check_resumable(self.config, payload, self.manifest)
         self.net.load_state_dict(payload["model"])
         optim.restore(self.optimizer, payload["optimizer"])
         if self.scaler.is_enabled() and payload.get("scaler"):
             self.scaler.load_state_dict(payload["scaler"])
-        if saved := payload.get("comm"):
-            self.exchange.restore(saved)
+        merged, saved = "", payload.get("comm") or {}
+        if not self.exchange.restore(saved) and saved:
+            merged = KINDS[saved["mode"]].merge(saved, self.ddp, self.optimizer)
+            self.exchange.begin()
         self.step, self.history = payload["step"], [with_todays_names(record) for record in payload["history"]]
         former = {"from": 0, "world_size": payload["world_size"]}
         self.members = payload.get("members", [former])
@@ -223,7 +228,7 @@ class State:
             row[-3:] = local[:, -3:].sum(0) if self.world.is_main else 0.0
             self._set_local(row)
         torch.set_rng_state(payload["rng"])
-        return changed
+        return changed, merged
 
     def _mean_statistics(self, local: torch.Tensor) -> dict[str, torch.Tensor]:
         """The running statistics that the ranks' average would leave, by state-dict name."""
@@ -238,16 +243,17 @@ class State:
 
 
 def _settle_buckets(ddp: DistributedDataParallel, layers: list[nn.BatchNorm2d], device: torch.device) -> None:
-    """A throwaway backward pass that leaves the weights and statistics as they are.
+    """Two throw-away backward passes, which leave the weights and statistics unchanged.
 
-    DDP lays out its buckets anew after its first backward pass; with this one behind it, a resumed run sums the
-    gradients of its first step in the order in which the uninterrupted run does. It is needed for more than that: with
-    `static_graph`, a first backward pass under `no_sync` (the first of several micro-batches) ends in an assertion of
-    the reducer, since it learns the graph in its first synchronised one.
+    With `static_graph` DDP keeps all gradients in one bucket for two passes and lays out its buckets in the third. The
+    bucket decides the order of the sums: without these passes the first step of each process would round differently
+    at three or more ranks, and a resumed run would differ from the uninterrupted one. The first pass is needed anyway:
+    one under `no_sync` (the first of several micro-batches) would end in an assertion of the reducer.
     """
     for layer in layers:
         layer.momentum = 0.0
-    ddp(torch.zeros(2, 3, 32, 32, device=device).to(memory_format=torch.channels_last)).sum().backward()
+    for _ in range(2):
+        ddp(torch.zeros(2, 3, 32, 32, device=device).to(memory_format=torch.channels_last)).sum().backward()
     ddp.zero_grad(set_to_none=False)
 
 
