@@ -253,7 +253,7 @@ def _settle_buckets(ddp: DistributedDataParallel, layers: list[nn.BatchNorm2d], 
     for layer in layers:
         layer.momentum = 0.0
     for _ in range(2):
-        ddp(torch.zeros(2, 3, 32, 32, device=device).to(memory_format=torch.channels_last)).sum().backward()
+        ddp(torch.zeros(2, 3, 8, 8, device=device).to(memory_format=torch.channels_last)).sum().backward()
     ddp.zero_grad(set_to_none=False)
 
 
