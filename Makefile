@@ -70,7 +70,7 @@ evaluate: $(READY) ## evaluate the trained model of run NAME
 	@$(FOREGROUND) $(BIN)/k8scifar evaluate "$(RUNS_DIR)/$(NAME)" --data-dir "$(DATA_DIR)" $(ARGS)
 
 tensorboard: $(READY) ## serve TensorBoard for RUNS_DIR; PORT=6006 HOST=localhost (0.0.0.0: to all networks)
-	@$(FOREGROUND) $(BIN)/python chart/tools/curves.py --logdir "$(RUNS_DIR)" --host "$(HOST)" --port "$(PORT)"
+	@$(FOREGROUND) $(BIN)/python chart/tools/serve_tensorboard.py --logdir "$(RUNS_DIR)" --host "$(HOST)" --port "$(PORT)"
 
 .PHONY: screenshot
 screenshot: $(READY) ## take README's picture of TensorBoard from a short real run (needs chromium, chromedriver)
@@ -179,7 +179,7 @@ test-nightly: ## run the tests that take minutes each, which `make test` leaves 
 	@$(MAKE) test ARGS="-m nightly $(ARGS)"
 
 # What has to work with every torch that pyproject.toml allows, in an environment of its own: .venv-oldest, .venv-newest.
-CORE = $(addprefix trainer/tests/,training/test_train.py training/test_checkpoint.py ranks/test_comm.py launch/test_launch.py launch/test_supervisor.py \
+CORE = $(addprefix trainer/tests/,training/test_train.py training/test_checkpoint.py exchange/test_comm.py launch/test_launch.py launch/test_supervisor.py \
 	launch/test_launch_torchrun.py training/test_golden.py)
 TORCH ?= oldest
 

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from kube import Release
-from objects import condition
-from standing import Nodes, lost
+from kube_objects import condition
+from pod_states import Nodes, lost
 from volumes import LOCAL, claim_of, own, purpose, uses
 
 NODE = "volume.kubernetes.io/selected-node"  # annotation: the machine on which the class made a claim's volume

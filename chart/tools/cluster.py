@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from claims import claims, machines, replacements
+from events import news
 from kube import Kubectl, Release, ToolError, arguments, exit_code, listening
-from news import news
-from objects import label
+from kube_objects import label
+from pod_states import lost, standing, workload
 from results import results
-from standing import lost, standing, workload
 
 
 def status(release: Release) -> int:

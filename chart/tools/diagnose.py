@@ -26,7 +26,7 @@ from urllib.parse import quote, quote_plus, unquote
 
 from claims import claims, machines, replacements
 from kube import ROOT, Kubectl, Release, arguments, exit_code
-from standing import standing
+from pod_states import standing
 
 HIDDEN = "[left out]"
 LINES = 2000  # of each log

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from objects import answers, label, note, statuses
+from kube_objects import answers, label, note, statuses
 from volumes import claim_of, ordered, run_claim
 
 ROOT = Path(__file__).resolve().parents[2]

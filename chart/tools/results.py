@@ -15,8 +15,8 @@ import time
 from pathlib import Path, PurePosixPath
 
 from kube import Kubectl, Release, ToolError
-from objects import note
-from reader import OutOfReach, reading
+from kube_objects import note
+from volume_reader import OutOfReach, reading
 from volumes import siblings
 
 TRIES = 3  # of a copy

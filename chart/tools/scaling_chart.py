@@ -10,7 +10,7 @@ from typing import Any
 import helm as helm_finder
 import yaml  # of .venv, which the task builds: Helm prints no JSON
 from kube import ROOT, ToolError
-from objects import note
+from kube_objects import note
 
 MARK = "scaling"  # annotation k8scifar/scaling of the workload: the series that it is measured for
 NO_SERIES = "none"  # in what is rendered only to be looked at

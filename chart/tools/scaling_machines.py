@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from kube import Kubectl, ToolError, holds_items
-from objects import condition, label
+from kube_objects import condition, label
 
 
 def fitting(kubectl: Kubectl, spec: dict[str, Any]) -> list[str] | None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster import progress
+from events import news
 from kube import Kubectl, Release, ToolError
-from news import news
-from objects import statuses
-from standing import standing
+from kube_objects import statuses
+from pod_states import standing
 
 TELL = 60.0  # seconds between lines where nothing changes
 FINE = re.compile(r"(running|starting|about to start|done|being deleted|pending)\b")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from objects import label
+from kube_objects import label
 
 LOCAL = "local"
 

@@ -18,7 +18,7 @@ def measure(options: Options) -> dict:
 
     from k8scifar.data.augment import Images
     from k8scifar.data.packed import read, read_manifest
-    from k8scifar.training import memory
+    from k8scifar.training.cpu import memory
 
     repetitions, batches, theirs_batches, batch = (1, 2, 2, 20) if options.tiny else (5, 40, 12, 250)
     memory.keep()

@@ -1,4 +1,4 @@
-"""Convolutions as training/convolution.py has them against torch's own: steps of one core, in turn."""
+"""Convolutions as training/cpu/convolution.py has them against torch's own: steps of one core, in turn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def measure(options: Options) -> dict:
 
     from k8scifar import machine
     from k8scifar.config.sections import Model
-    from k8scifar.training import memory, model
+    from k8scifar.training import model
+    from k8scifar.training.cpu import memory
 
     repetitions, images, sizes = (1, 4, (8,)) if options.tiny else (3, 125, (16, 20, 24, 32))
     memory.keep()

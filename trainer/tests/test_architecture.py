@@ -20,10 +20,11 @@ TABLE = """
 | `cli` `errors` `files` and the other single modules | what everything may use | each other |
 | `config/` | every setting of a training, typed and documented, and where its values come from | the single modules; no torch |
 | `data/` | the data set: sources -> packed files -> the order of samples -> augmented batches | the single modules |
-| `ranks/` | the ranks: how they join, agree, exchange what they learnt, and notice who is silent | the single modules, `config` |
+| `ranks/` | the ranks: how they join, agree, send files, and find a silent one | the single modules, `config` |
+| `exchange/` | how ranks combine gradients or weights, and divide a step's work | the single modules, `config`, `ranks` |
 | `results/` | what a run leaves behind and shows: its folder, TensorBoard, progress, summary, report | the single modules, `config`, `data` |
-| `training/` | the training itself: the loop, and what it is made of; read `loop.py` first | the single modules, `config`, `data`, `ranks`, `results` |
-| `inference/` | trained models: opened, evaluated on the test images, asked for single images | the single modules, `config`, `data`, `ranks`, `results`, `training` |
+| `training/` | the training itself: the loop, and what it is made of; read `loop.py` first | the single modules, `config`, `data`, `ranks`, `exchange`, `results` |
+| `inference/` | trained models: opened, evaluated on the test images, asked for single images | the single modules, `config`, `data`, `ranks`, `exchange`, `results`, `training` |
 | `launch/` | around the training on each machine: checks, torchrun under a supervisor, how the machines meet | the single modules, `config`, `data`, `ranks`, `results`; no torch until a rank or an agent runs |
 """.strip()  # noqa: E501
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.splitlines()[3:]]

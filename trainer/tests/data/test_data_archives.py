@@ -15,7 +15,7 @@ import zlib
 import pytest
 from data_sets import encoded, files, laid, pixels, refused, taken, tarred, zipped
 
-from k8scifar.data import images, members, tree
+from k8scifar.data.reading import archive_members, images, tree
 from k8scifar.errors import UserError
 
 SMALL = files(train=2, test=1)
@@ -170,7 +170,7 @@ def test_a_member_is_refused_by_its_announced_size_and_never_read(tmp_path, monk
 
 
 def test_the_sum_of_the_members_is_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr(members, "SUM_BYTES", 100_000)
+    monkeypatch.setattr(archive_members, "SUM_BYTES", 100_000)
     for name in ("data.tar.gz", "data.zip"):
         (tmp_path / name).write_bytes(PACKERS[name](SMALL | {"rest.bin": bytes(200_000)}))
         assert "when unpacked" in refused(tmp_path / name)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from data_sets import encoded, files, laid, pixels, refused
 
-from k8scifar.data.decode import FORMATS, decode
+from k8scifar.data.reading.decode import FORMATS, decode
 from k8scifar.errors import UserError
 
 

@@ -15,9 +15,10 @@ from data_sets import files, laid, tarred, zipped
 
 from k8scifar.cli import main
 from k8scifar.compat import import_torchvision
-from k8scifar.data import cifar10, packed, remote
-from k8scifar.data.batches import CLASSES
+from k8scifar.data import packed
 from k8scifar.data.prepare import prepare
+from k8scifar.data.reading import cifar10, remote
+from k8scifar.data.reading.batches import CLASSES
 from k8scifar.errors import TrainingError, UserError
 
 NAMES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -257,7 +258,7 @@ def test_a_fuzz_of_pickles_ends_in_a_batch_or_a_line(tmp_path):
     """400 damaged pickles, with a fixed seed."""
     import random
 
-    from k8scifar.data.batches import _checked, _python
+    from k8scifar.data.reading.batches import _checked, _python
 
     rng, whole = random.Random(0), python_batches()["data_batch_1"]
     taken = 0

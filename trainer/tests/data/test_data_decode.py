@@ -14,8 +14,8 @@ from data_sets import encoded, files, laid, pixels
 from PIL import Image
 
 from k8scifar.cli import main
-from k8scifar.data.decode import FORMATS, LIMIT, SUFFIXES, decode
-from k8scifar.data.images import read_tree
+from k8scifar.data.reading.decode import FORMATS, LIMIT, SUFFIXES, decode
+from k8scifar.data.reading.images import read_tree
 from k8scifar.errors import UserError
 
 
@@ -244,7 +244,7 @@ def test_the_largest_images_stay_within_the_documented_memory():
         import io, re
         from pathlib import Path
         from PIL import Image
-        from k8scifar.data.decode import decode
+        from k8scifar.data.reading.decode import decode
         out = io.BytesIO()
         Image.new("1", (10_000, 10_000), 1).save(out, "PNG")
         assert decode(out.getvalue(), "x").min() == 255

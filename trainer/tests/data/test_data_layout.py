@@ -11,7 +11,7 @@ import pytest
 from data_sets import encoded, files, laid, pixels, refused, taken, tarred, zipped
 from runs import cli_command
 
-from k8scifar.data.images import read_tree
+from k8scifar.data.reading.images import read_tree
 
 GOOD = files()
 

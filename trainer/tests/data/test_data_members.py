@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from data_sets import add, encoded, files, laid, pixels, refused, taken, zipped
 
-from k8scifar.data import tree
+from k8scifar.data.reading import tree
 
 SMALL = files(train=2, test=1)
 

@@ -156,7 +156,7 @@ def test_a_terminal_of_ascii_shows_every_name_escaped(tmp_path):
     [("none.png", "there is no such file"), (".", "is no file, but a folder"), ("/dev/zero", "pipe or device")],
 )
 def test_predict_takes_files_alone(tmp_path, name, words):
-    from k8scifar.data.tree import read_image
+    from k8scifar.data.reading.tree import read_image
 
     with pytest.raises(UserError, match=words):
         read_image(str(tmp_path / name))

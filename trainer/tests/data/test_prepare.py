@@ -18,8 +18,9 @@ from patience import patient
 from PIL import Image
 from runs import cli, cli_command
 
-from k8scifar.data import images, packed, remote, synthetic
+from k8scifar.data import packed, synthetic
 from k8scifar.data.prepare import prepare
+from k8scifar.data.reading import images, remote
 from k8scifar.errors import TrainingError, UserError
 
 

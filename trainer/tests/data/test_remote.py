@@ -16,8 +16,9 @@ from runs import cli
 from test_prepare import paint_folder
 
 from k8scifar.cli import main
-from k8scifar.data import packed, remote
+from k8scifar.data import packed
 from k8scifar.data.prepare import prepare
+from k8scifar.data.reading import remote
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.urls import public
 

@@ -26,7 +26,7 @@ from pods import NAMES, Group
 from runs import TINY, history
 
 from k8scifar.data.prepare import prepare
-from k8scifar.ranks import modes
+from k8scifar.exchange import modes
 from k8scifar.training import checkpoint
 
 TIMEOUT = 8.0  # seconds that a rank waits for a silent peer, here

@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 
 from k8scifar.cli import main
-from k8scifar.ranks import choice, device
+from k8scifar.exchange import auto
+from k8scifar.exchange.local_sgd import LocalSGD
+from k8scifar.ranks import device
 from k8scifar.ranks.agree import average
 from k8scifar.ranks.device import Precision
-from k8scifar.ranks.local_sgd import LocalSGD
-from k8scifar.training import checkpoint, meter, session
+from k8scifar.training import checkpoint, rank_speeds, session
 from k8scifar.training.session import Session
 
 
@@ -70,7 +71,7 @@ def slow(measure):
     def wrapper(*arguments):
         found = measure(*arguments)
         assert min(found.movement, found.compute) > 0.0 and list(found.exposed) == ["allreduce", "bf16", "int8"]
-        return choice.Times(movement=2.0, compute=1.0, exposed={"allreduce": 4.0, "bf16": 2.0, "int8": 1.0})
+        return auto.Times(movement=2.0, compute=1.0, exposed={"allreduce": 4.0, "bf16": 2.0, "int8": 1.0})
 
     return wrapper
 
@@ -102,7 +103,7 @@ def keeping_gradients(step):
     """`step` of Session; rank 0 keeps the gradients that the first one is taken by, where speeds were told."""
 
     def wrapper(session):
-        if session.state.step == 0 and choice.alone is not alone:
+        if session.state.step == 0 and auto.alone is not alone:
             session.state.exchange.settle()
             gradients = [whole(parameter, session.state.exchange) for parameter in session.state.net.parameters()]
             if session.world.is_main:
@@ -153,11 +154,11 @@ def run(plan: Path, rank: str) -> int:
         speeds = training.get("speeds")
         apart = training.get("apart") or training.get("slow") or speeds
         os.environ["LOCAL_WORLD_SIZE"] = "1" if apart else os.environ["WORLD_SIZE"]
-        choice.measure = slow(measure) if training.get("slow") else measure
-        choice.alone = told(alone, speeds) if speeds else alone
-        choice.timed = as_told(timed) if speeds else timed
+        auto.measure = slow(measure) if training.get("slow") else measure
+        auto.alone = told(alone, speeds) if speeds else alone
+        auto.timed = as_told(timed) if speeds else timed
         later = iter(training.get("later", []))
-        meter.own_seconds = lambda found, shares, later=later: next(later, None) or own_seconds(found, shares)
+        rank_speeds.own_seconds = lambda found, shares, later=later: next(later, None) or own_seconds(found, shares)
         session.resolve_precision = scaled if training.get("scaled") else resolve_precision
         os.environ["MASTER_PORT"] = str(training["port"])
         if code := main(["train", *training["arguments"]]):
@@ -170,7 +171,7 @@ if __name__ == "__main__":
     Session.finish_epoch, Session.complete = noted(Session.finish_epoch), noted(Session.complete)
     resolve_precision = session.resolve_precision
     device.DTYPES["fp16"] = torch.bfloat16
-    alone, timed, measure, own_seconds = choice.alone, choice.timed, choice.measure, meter.own_seconds
+    alone, timed, measure, own_seconds = auto.alone, auto.timed, auto.measure, rank_speeds.own_seconds
     Session.step = keeping_gradients(overflowing(Session.step))
     LocalSGD._average_movement = noted_when_averaged(LocalSGD._average_movement)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"

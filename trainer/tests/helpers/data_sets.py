@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from k8scifar.data.images import read_tree
+from k8scifar.data.reading.images import read_tree
 from k8scifar.errors import UserError
 
 

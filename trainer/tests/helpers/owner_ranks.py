@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config.schema import Config
-from k8scifar.ranks.exchange import AllReduce, Int8
-from k8scifar.ranks.pulse import Pulse
+from k8scifar.exchange.gradients import AllReduce, Int8
+from k8scifar.ranks.heartbeats import Pulse
 from k8scifar.ranks.world import World
 from k8scifar.training.muon import Muon
 

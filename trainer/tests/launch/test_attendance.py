@@ -9,11 +9,12 @@ import pytest
 
 from k8scifar.config import loading
 from k8scifar.errors import UserError
-from k8scifar.launch import attendance, command
-from k8scifar.launch.attendance import Attendance, Orders
+from k8scifar.launch import command
+from k8scifar.launch.elastic import attendance
+from k8scifar.launch.elastic.attendance import Attendance, Orders
 from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.scratch import Scratch
-from k8scifar.results import members
+from k8scifar.results import participants
 
 ORDERS = Orders(allowed=[1, 2, 3, 4], expected=[0, 1, 2, 3], pauses=[60.0] * 4, missed=1000.0, wait=120.0, met=True)
 
@@ -60,8 +61,8 @@ def group(tmp_path, monkeypatch):
 
     def passes(nodes: list[int], gone: list[int] = (), welcome: list[int] = (), seconds: float = 30.0) -> Orders:
         if len(nodes) == 2:
-            text = members.content(config.run_dir, [{"from": 0, "nodes": nodes, "world_size": 2}])
-            (config.run_dir / members.FILE).write_text(text)
+            text = participants.content(config.run_dir, [{"from": 0, "nodes": nodes, "world_size": 2}])
+            (config.run_dir / participants.FILE).write_text(text)
         scratch.call(nodes, list(gone))
         scratch.welcome_back(list(welcome))
         clock[0] += seconds

@@ -94,7 +94,7 @@ def train(arguments):
 def test_a_node_that_comes_again_is_noticed_by_all():
     from torch.distributed import TCPStore
 
-    from k8scifar.launch import meeting
+    from k8scifar.launch.elastic import meeting
 
     port = free()
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
@@ -128,7 +128,7 @@ def test_a_node_started_for_another_job_is_told():
     from torch.distributed import TCPStore
 
     from k8scifar.errors import PeersDiffer
-    from k8scifar.launch import meeting
+    from k8scifar.launch.elastic import meeting
 
     port = free()
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
@@ -139,7 +139,7 @@ def test_a_node_started_for_another_job_is_told():
 
 
 def test_a_node_that_is_alone_says_so():
-    from k8scifar.launch import meeting
+    from k8scifar.launch.elastic import meeting
 
     with pytest.raises(TimeoutError, match="node 0 did not answer"):
         meeting.knock("127.0.0.1", free(), 1, "JOB", 1.0)

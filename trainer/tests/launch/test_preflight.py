@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from k8scifar.launch import preflight, sockets
-from k8scifar.results import notes
+from k8scifar.results import node_status
 
 PYTHON = sys.executable
 
@@ -127,9 +127,9 @@ def test_status_of_a_run_that_has_not_begun(tmp_path):
         1,
         "a: waiting: no node has started to train; look at the pods' init containers\n",
     )
-    notes.write(tmp_path / "runs/a", 0, "waiting")
+    node_status.write(tmp_path / "runs/a", 0, "waiting")
     assert status(tmp_path / "runs/a") == (1, "a: waiting: no node has started to train\n")
-    notes.write(tmp_path / "runs/a", 1, "waiting", "there is no data set in /data yet")
+    node_status.write(tmp_path / "runs/a", 1, "waiting", "there is no data set in /data yet")
     assert status(tmp_path / "runs/a") == (
         1,
         "a: waiting: no node has started to train\n  node 1: waiting (there is no data set in /data yet)\n",
@@ -140,11 +140,11 @@ def test_status_of_a_training_that_moves_and_of_one_that_does_not(tmp_path):
     run = tmp_path / "runs/a"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"epoch": 3, "step": 12, "test_accuracy": 0.5}\n{"epoch": 4, "st')
-    notes.write(run, 0, "training")
-    notes.write(run, 1, "failed", "rank 1 died")
+    node_status.write(run, 0, "training")
+    node_status.write(run, 1, "failed", "rank 1 died")
     code, said = status(run, "--wait=1")
     assert (code, said.splitlines()[0]) == (1, "a: failed: node 1: rank 1 died")
-    notes.write(run, 1, "training")
+    node_status.write(run, 1, "training")
     code, said = status(run, "--wait=1")
     assert code == 1
     assert said == "a: training, 3 epoch(s) finished, test accuracy 50.00%; nothing was written in 1 s\n"
@@ -171,7 +171,7 @@ def test_status_of_a_finished_run(tmp_path):
     run.mkdir(parents=True)
     summary = {"accuracy": 0.9412, "accuracy_tta": 0.95, "epochs": 26, "seconds": 5, "world_size": 2}
     (run / "summary.json").write_text(json.dumps(summary))
-    notes.write(run, 0, "done")
+    node_status.write(run, 0, "done")
     assert status(run) == (0, "a: done: test accuracy 94.12% (with flip TTA 95.00%) after 26 epochs\n")
     code, said = status(run, "--json")
     assert code == 0 and json.loads(said)["accuracy"] == 0.9412

@@ -10,8 +10,9 @@ import pytest
 from patience import patient
 
 from k8scifar.errors import PeersDiffer
-from k8scifar.launch import meeting, rollcall, sockets
-from k8scifar.launch.attendance import Orders
+from k8scifar.launch import sockets
+from k8scifar.launch.elastic import meeting, rollcall
+from k8scifar.launch.elastic.attendance import Orders
 from k8scifar.launch.scratch import Scratch
 from k8scifar.ranks.store import connect
 
@@ -108,11 +109,11 @@ def test_torchrun_is_started_with_those_who_take_part(tmp_path, monkeypatch):
     from torch.distributed import run as torchrun
 
     from k8scifar.launch import agent
-    from k8scifar.results import members
+    from k8scifar.results import participants
 
-    for name, value in {meeting.MIN_NODES: "1", "K8SCIFAR_SCRATCH": str(tmp_path), members.NODES: ""}.items():
+    for name, value in {meeting.MIN_NODES: "1", "K8SCIFAR_SCRATCH": str(tmp_path), participants.NODES: ""}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv(members.ATTEMPT, "")
+    monkeypatch.setenv(participants.ATTEMPT, "")
     monkeypatch.setattr(meeting, "watch", lambda *_: None)
     command = (
         "--nnodes=3 --nproc-per-node=2 --node-rank=2 --master-addr=a --master-port=1 --rdzv-conf=timeout=5 -m x train"

@@ -14,7 +14,7 @@ import pytest
 from patience import patient
 
 from k8scifar.launch import sockets
-from k8scifar.results import notes
+from k8scifar.results import node_status
 
 PYTHON = sys.executable
 
@@ -137,7 +137,7 @@ def test_a_failure_of_its_own_ends_the_process_with_its_reason_after_some_tries(
     reason = "failed 5 times without a new checkpoint between: rank 0 failed: ValueError: no such thing"
     assert errors.splitlines()[-1] == f"k8scifar: error: {reason}"
     assert (tmp_path / "termination-log").read_text() == f"{reason}\n"
-    assert notes.read(tmp_path / "demo")[0]["state"] == "failed"
+    assert node_status.read(tmp_path / "demo")[0]["state"] == "failed"
 
 
 def test_failures_of_its_own_with_new_checkpoints_between_are_tried_again(supervised, tmp_path):
@@ -170,8 +170,8 @@ def test_data_that_another_node_prepares_is_waited_for_in_the_container_and_told
     until(lambda: (tmp_path / "termination-log").exists())
     assert "there is no data set in" in (tmp_path / "termination-log").read_text()
     assert process.poll() is None and attempts(tmp_path) == 0
-    until(lambda: 1 in notes.read(tmp_path / "demo"))
-    assert notes.read(tmp_path / "demo")[1]["reason"].startswith("there is no data set in")
+    until(lambda: 1 in node_status.read(tmp_path / "demo"))
+    assert node_status.read(tmp_path / "demo")[1]["reason"].startswith("there is no data set in")
     before = (tmp_path / "heartbeat").stat().st_mtime_ns
     until(lambda: (tmp_path / "heartbeat").stat().st_mtime_ns > before)
     (tmp_path / "data").mkdir()
@@ -286,8 +286,8 @@ def test_a_name_that_does_not_resolve_for_long_is_told_and_waited_for(supervised
     process = supervised("end(0)", nnodes=2, node_rank=1, master_addr="pod-0.nowhere.invalid", restart=True, wait=1.0)
     told = tmp_path / "termination-log"
     until(lambda: told.exists() and "headless Service" in told.read_text())
-    until(lambda: 1 in notes.read(tmp_path / "demo"))
-    note = notes.read(tmp_path / "demo")[1]
+    until(lambda: 1 in node_status.read(tmp_path / "demo"))
+    note = node_status.read(tmp_path / "demo")[1]
     assert note["state"] == "failed" and "does not resolve" in note["reason"]
     time.sleep(1.0)
     assert process.poll() is None and attempts(tmp_path) == 0

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from runs import HELPERS, TINY, history, weights_hash
 
-from k8scifar.ranks import modes
+from k8scifar.exchange import modes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CONFIG = TINY | {

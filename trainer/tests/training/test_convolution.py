@@ -11,7 +11,8 @@ from torch import nn
 
 from k8scifar import machine
 from k8scifar.config.sections import Model
-from k8scifar.training import convolution, model, winograd
+from k8scifar.training import model
+from k8scifar.training.cpu import convolution, winograd
 
 ALWAYS, NEVER = (0, 0), (10**9, 10**9)
 

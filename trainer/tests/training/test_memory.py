@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from k8scifar.training import memory
+from k8scifar.training.cpu import memory
 if sys.argv[1] == "keep":
     memory.keep()
 def step():

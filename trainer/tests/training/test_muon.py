@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from k8scifar.config import loading
-from k8scifar.ranks.owners import PER_NUMBER, divide
+from k8scifar.exchange.owners import PER_NUMBER, divide
 from k8scifar.training import muon, optim
 
 PRODUCTS = pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

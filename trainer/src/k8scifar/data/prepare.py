@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from k8scifar.console import say
-from k8scifar.data import cifar10, images, packed, remote
+from k8scifar.data import packed
+from k8scifar.data.reading import cifar10, images, remote
 from k8scifar.errors import UserError
 from k8scifar.files import locked, remove_temporary
 from k8scifar.urls import is_address, local, public

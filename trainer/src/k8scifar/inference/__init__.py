@@ -1,4 +1,4 @@
 """Trained models: opened, evaluated on the test images, asked for single images.
 
-May import: the single modules, config, data, ranks, results, training.
+May import: the single modules, config, data, ranks, exchange, results, training.
 """

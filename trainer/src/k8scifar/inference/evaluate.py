@@ -23,7 +23,6 @@ from k8scifar.results.summary import augmented, beside
 from k8scifar.training.evaluation import SHIFT, evaluate
 from k8scifar.urls import local
 
-
 # Keys of the configuration that an evaluation reads.
 READ = (
     "evaluation.tta", "evaluation.batch", "hardware.device", "hardware.precision", "hardware.threads",
@@ -37,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", default="data", metavar="DIR", help="folder of the packed data set (default: data)"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="one value, repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="one value, repeatable"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

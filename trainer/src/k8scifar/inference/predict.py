@@ -8,8 +8,8 @@ import json
 import torch
 
 from k8scifar.data.augment import Images
-from k8scifar.data.decode import decode
-from k8scifar.data.tree import read_image
+from k8scifar.data.reading.decode import decode
+from k8scifar.data.reading.tree import read_image
 from k8scifar.inference.trained import Trained, open_model
 from k8scifar.urls import local
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from k8scifar.errors import CRASHED, FAILED, PREEMPTED, USER_MISTAKE, PeersDiffer
-from k8scifar.launch import meeting, processes
+from k8scifar.launch import processes
+from k8scifar.launch.elastic import meeting
 
 
 def main(arguments: list[str]) -> int:
@@ -98,10 +99,10 @@ def _call_the_roll(parsed: argparse.Namespace) -> Any:
 
     Returns the store that node 0 has opened for it; None on the others.
     """
-    from k8scifar.launch import rollcall
-    from k8scifar.launch.attendance import Orders
+    from k8scifar.launch.elastic import rollcall
+    from k8scifar.launch.elastic.attendance import Orders
     from k8scifar.launch.scratch import Scratch
-    from k8scifar.results import members
+    from k8scifar.results import participants
 
     address, port, node = parsed.master_addr, int(parsed.master_port), parsed.node_rank
     ranks = int(parsed.nproc_per_node)
@@ -122,8 +123,8 @@ def _call_the_roll(parsed: argparse.Namespace) -> Any:
     if len(party.nodes) < int(parsed.nnodes):
         parsed.nnodes, parsed.node_rank = str(len(party.nodes)), party.nodes.index(node)
         parsed.training_script_args.append(f"--set=distributed.world_size={len(party.nodes) * ranks}")
-        os.environ[members.NODES] = ",".join(map(str, party.nodes))
-    os.environ[members.ATTEMPT] = party.attempt
+        os.environ[participants.NODES] = ",".join(map(str, party.nodes))
+    os.environ[participants.ATTEMPT] = party.attempt
     meeting.watch(address, port, job, party.store if node else None, party.look)
     return None if node else party.store
 

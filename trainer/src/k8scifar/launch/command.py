@@ -14,7 +14,7 @@ from k8scifar.config.schema import Config
 from k8scifar.console import say
 from k8scifar.errors import UserError
 from k8scifar.launch import sockets
-from k8scifar.launch.attendance import allowed
+from k8scifar.launch.elastic.attendance import allowed
 from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.supervisor import Supervisor
 

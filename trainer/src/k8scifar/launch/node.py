@@ -10,7 +10,7 @@ from pathlib import Path
 
 from k8scifar import machine
 from k8scifar.config.schema import Config
-from k8scifar.launch import meeting
+from k8scifar.launch.elastic import meeting
 from k8scifar.results import lease
 
 WORKER = "k8scifar.launch.worker"

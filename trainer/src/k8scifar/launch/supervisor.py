@@ -18,15 +18,15 @@ from pathlib import Path
 
 from k8scifar.console import say
 from k8scifar.errors import CRASHED, FAILED, LATE, PEER_LOST, PREEMPTED, USER_MISTAKE, UserError
-from k8scifar.heartbeat import Heartbeat
 from k8scifar.launch import kubernetes, processes, sockets
-from k8scifar.launch.attendance import Attendance
-from k8scifar.launch.door import Door
-from k8scifar.launch.needs import Need, needs
+from k8scifar.launch.elastic.attendance import Attendance
 from k8scifar.launch.node import NodeSpec
+from k8scifar.launch.prerequisites import Need, needs
 from k8scifar.launch.scratch import Scratch
 from k8scifar.launch.termination import leave_message
-from k8scifar.results import lease, members, notes, ownership
+from k8scifar.launch.unfinished_nodes import Door
+from k8scifar.liveness import Heartbeat
+from k8scifar.results import lease, node_status, ownership, participants
 from k8scifar.results.summary import MARKER, finished_summary, newest_checkpoint, read_summary
 
 POLL = 0.1  # seconds between two looks at the child
@@ -171,7 +171,7 @@ class Supervisor:
                 child.signal(signal.SIGTERM)
                 deadline = now + (self.spec.shutdown_timeout + LINGER if told == 1 else 0.0)
             elif deadline is None and (back := scratch.welcome):
-                self.reason = f"{members.named(back)} came back: all nodes meet anew"
+                self.reason = f"{participants.named(back)} came back: all nodes meet anew"
                 say(f"k8scifar: {self.reason}, once the ranks have saved")
                 child.signal(signal.SIGTERM)
                 deadline = now + self.spec.shutdown_timeout + LINGER
@@ -208,8 +208,8 @@ class Supervisor:
 
     def _check_shared(self) -> None:
         """Say so where node 0, with which this node trains, writes its notes on another volume."""
-        if 0 not in notes.read(self.spec.config.run_dir):
-            place = notes.folder(self.spec.config.run_dir)
+        if 0 not in node_status.read(self.spec.config.run_dir):
+            place = node_status.folder(self.spec.config.run_dir)
             say(
                 f"k8scifar: node 0 trains, but has left nothing in {place}: this node's checkpoints volume is another "
                 "one (a hostPath is not shared), so that it will not see the end of the training; give both the same "
@@ -305,7 +305,9 @@ class Supervisor:
     def _journal(self, state: str, attempt: int = 0, reason: str = "") -> None:
         if self.spec.restart:  # somebody else will ask
             alone = self.spec.own_folders
-            notes.write(self.spec.config.run_dir, self.spec.node_rank, state, reason or self.reason, attempt, alone)
+            node_status.write(
+                self.spec.config.run_dir, self.spec.node_rank, state, reason or self.reason, attempt, alone
+            )
 
     def _note(self, text: str) -> None:
         leave_message(text, self.spec.environment)

@@ -1,4 +1,4 @@
-"""The ranks: how they join, agree, exchange what they learnt, and notice who is silent.
+"""The ranks: how they join, agree, send files, and find a silent one.
 
 May import: the single modules, config.
 """

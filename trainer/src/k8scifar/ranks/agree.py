@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from k8scifar import heartbeat
+from k8scifar import liveness
 from k8scifar.errors import PeersDiffer, Superseded, TrainingError, UserError
 from k8scifar.ranks.world import World
 
@@ -84,7 +84,7 @@ def each(world: World, work: Callable[[], Any] | None) -> list[Any]:
     while True:
         done = bool(wait([job], timeout=world.timeout / 4).done)
         flags = gather(torch.tensor([done, time.monotonic() > end]), world)
-        heartbeat.touch()
+        liveness.touch()
         if flags[:, 0].all():
             break
         if flags[:, 1].any():

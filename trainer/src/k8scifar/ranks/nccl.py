@@ -33,7 +33,10 @@ def timeout(seconds: float) -> timedelta:
 
 
 def settle_environment(
-    seconds: float, run_dir: Path | None, environment: MutableMapping[str, str] = os.environ, version: str = torch.__version__
+    seconds: float,
+    run_dir: Path | None,
+    environment: MutableMapping[str, str] = os.environ,
+    version: str = torch.__version__,
 ) -> None:
     """Set what torch reads when the process group is made; what the user has set stays.
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 import torch.distributed as dist
 
-from k8scifar import files, heartbeat
+from k8scifar import files, liveness
 from k8scifar.console import say
 from k8scifar.errors import PeerLost, TrainingError, UserError
 from k8scifar.ranks import agree
@@ -143,7 +143,7 @@ class _Flight:
                 self.problem = self._part.add(piece)
         if word and word.end():
             self.failed = True
-        heartbeat.touch()
+        liveness.touch()
 
 
 def _agree(problem: str, file: File, world: World) -> None:

@@ -23,7 +23,7 @@ from k8scifar.config.schema import Config, check_world_size
 from k8scifar.errors import PeerLost, UserError
 from k8scifar.ranks import device as devices
 from k8scifar.ranks import failures, nccl
-from k8scifar.ranks.pulse import Pulse
+from k8scifar.ranks.heartbeats import Pulse
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import k8scifar
 from k8scifar.data import holdout, packed
 from k8scifar.errors import UserError
 from k8scifar.files import write_atomically
-from k8scifar.results import members
+from k8scifar.results import participants
 from k8scifar.results.evaluated import figure, word_of
 from k8scifar.results.speedup import sentence
 from k8scifar.results.summary import MARKER, beside, read_summary, with_todays_names
@@ -113,7 +113,7 @@ def page(folder: Path, summary: dict[str, Any], split: packed.Split | None) -> s
         evaluated=word_of(summary),
         figure=figure,
         beside=beside(summary),
-        took_part=members.told(summary.get("members", [])),
+        took_part=participants.told(summary.get("members", [])),
         duration=_duration(summary["seconds"]),
         when=times,
         plots=_plots(history, curves, summary),

@@ -17,7 +17,7 @@ from k8scifar.console import say
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.files import FULL, TRANSIENT, patiently, remove_temporary, unwritten, write_atomically
-from k8scifar.results import lease, members, ownership, weights
+from k8scifar.results import lease, ownership, participants, weights
 from k8scifar.results.summary import MARKER, read_summary
 
 
@@ -64,9 +64,9 @@ class RunFolder:
         """Write the whole of metrics.jsonl: after a resume, too, it holds each epoch once. Raises TrainingError."""
         self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
-    def write_members(self, present: list[members.Members]) -> None:
-        """Write members.json, who takes part. Raises TrainingError."""
-        self._write(members.FILE, members.content(self.path, present) + "\n")
+    def write_members(self, present: list[participants.Members]) -> None:
+        """Write participants.json, who takes part. Raises TrainingError."""
+        self._write(participants.FILE, participants.content(self.path, present) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the mark of a finished run. Raises TrainingError."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from k8scifar.errors import FAILED, UserError
-from k8scifar.results import members, notes, ownership
+from k8scifar.results import node_status, ownership, participants
 from k8scifar.results.evaluated import PREFIXES, figure, word_of
 from k8scifar.results.summary import beside, read_summary
 from k8scifar.urls import local
@@ -47,7 +47,7 @@ def look(run_dir: Path) -> dict[str, Any]:
         return {"state": "failed", "nodes": {}, "reason": str(error)}
     except OSError:
         pass  # a volume that is away: what can be read is told below
-    nodes = notes.read(run_dir)
+    nodes = node_status.read(run_dir)
     found: dict[str, Any] = {"state": "waiting", "nodes": {str(node): note for node, note in nodes.items()}}
     last = last_epoch(run_dir)
     if last:
@@ -57,7 +57,7 @@ def look(run_dir: Path) -> dict[str, Any]:
         keys = ("accuracy", "accuracy_tta", "epochs", "seconds", "world_size", "data")
         images = {key: summary[key] for key in ("test_images", "heldout_images") if key in summary}
         return found | {key: summary.get(key) for key in keys} | images | {"state": "done"}
-    told = members.read(run_dir)
+    told = participants.read(run_dir)
     present = (told.get("members") or [{}])[-1].get("nodes", list(nodes))
     if len(present) < told.get("most", 0):
         found["present"] = present
@@ -102,7 +102,7 @@ def describe(run_dir: Path, found: dict[str, Any], waited: float) -> str:
         if (accuracy := figure(found, "accuracy")) is not None:
             text += f", {word_of(found)} accuracy {accuracy:.2%}{beside(found)}"
         if "present" in found:
-            text += f", on {members.named(found['present'])} alone"
+            text += f", on {participants.named(found['present'])} alone"
         if not found.get("moves"):
             text += f"; nothing was written in {waited:.0f} s" if waited else ""
     elif state in ("failed", "stopped"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from k8scifar.config.schema import Config
-from k8scifar.results import members
+from k8scifar.results import participants
 from k8scifar.results.evaluated import word_of
 
 MARKER = "summary.json"
@@ -74,7 +74,7 @@ def describe(summary: dict[str, Any], folder: Path) -> str:
 
 def _took_part(summary: dict[str, Any]) -> str:
     """Who took part from which step to which, where that changed."""
-    told = members.told(summary.get("members", []))
+    told = participants.told(summary.get("members", []))
     return (
         f" at the end; {', '.join(told) if len(told) < 6 else f'{len(told) - 1} times others took part'}"
         if told

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from k8scifar import heartbeat
+from k8scifar import liveness
 from k8scifar.config import loading
 from k8scifar.console import say
 from k8scifar.data import holdout
@@ -22,12 +22,13 @@ from k8scifar.ranks.device import autocast
 from k8scifar.ranks.world import check_size, join, read
 from k8scifar.results import ownership
 from k8scifar.results.summary import describe
-from k8scifar.training import compiling, memory, optim
+from k8scifar.training import compiling, optim
+from k8scifar.training.cpu import memory
+from k8scifar.training.data_transfer import prepared, supply
 from k8scifar.training.evaluation import Stopped
 from k8scifar.training.plan import Plan
 from k8scifar.training.resume import find
 from k8scifar.training.session import Session
-from k8scifar.training.supply import prepared, supply
 
 add_arguments = loading.add_arguments
 
@@ -138,7 +139,7 @@ def train(session: Session, stop: threading.Event) -> None:
         clock.mark("communication")
         state.exchange.after_step(step_in_epoch + 1, epoch_ends=session.epoch_is_over)
         clock.mark("between steps")
-        heartbeat.touch()
+        liveness.touch()
 
         session.display.step(state.step, partial(read, step_loss, world), lr, inputs, clock.read)
         state.note_loss(step_loss)
@@ -157,7 +158,7 @@ def train(session: Session, stop: threading.Event) -> None:
 
 def _keep_going(agreement: Agreement, stop: threading.Event) -> bool:
     """Asked by all ranks between two batches of an evaluation: False once any rank is to stop."""
-    heartbeat.touch()
+    liveness.touch()
     return not agreement.now(stop=stop.is_set())
 
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from k8scifar.compat import import_torchvision
 from k8scifar.config.sections import Model
-from k8scifar.training import convolution, norms
+from k8scifar.training import norms
+from k8scifar.training.cpu import convolution
 
 
 def build(config: Model, classes: int, products: bool = True) -> nn.Module:

@@ -18,12 +18,12 @@ from k8scifar.errors import TrainingError, UserError
 from k8scifar.ranks import agree
 from k8scifar.ranks.device import resolve_precision
 from k8scifar.ranks.world import World, settle
-from k8scifar.results import evaluated, members
+from k8scifar.results import evaluated, participants
 from k8scifar.results.display import Display
 from k8scifar.results.outcome import Outcome
 from k8scifar.results.progress import epoch_line
 from k8scifar.results.run_folder import RunFolder
-from k8scifar.training import checkpoint, ending, headline, meter, scaling, work
+from k8scifar.training import calibration, checkpoint, ending, headline, loss_scaling, rank_speeds
 from k8scifar.training.clock import StepClock
 from k8scifar.training.evaluation import SHIFT, evaluate
 from k8scifar.training.plan import Plan
@@ -52,15 +52,15 @@ class Session:
         # and decides which of the checkpoint's tensors there are to be restored.
         self.state = State.fresh(config, manifest, world, self.train_images, self.precision)
         payload = checkpoint.decode(found, "the checkpoint") if found is not None else None
-        why, why_so = work.settle(config, world, self.state, plan, self.train_images, self.precision, payload)
+        why, why_so = calibration.settle(config, world, self.state, plan, self.train_images, self.precision, payload)
         changed, merged = self.state.restore(payload) if payload else ("", "")
         self.first_step = self.state.step
-        now = members.present(self.first_step, world.size)
-        self.state.members = members.joined(self.state.members, now)
+        now = participants.present(self.first_step, world.size)
+        self.state.members = participants.joined(self.state.members, now)
         self.agreement = agree.Agreement(world, ("stop", "save", "bad"))
         several = world.local_size < world.size
         self.clock = StepClock(world.device, running=world.is_main or several)
-        self.meter = meter.Meter(self.clock, world, running=several)
+        self.meter = rank_speeds.Meter(self.clock, world, running=several)
         self.state.exchange.mark = self.clock.mark
         # Last what people see and what writes: nothing is shown or written of a run that could not be opened.
         self.display = Display(config, manifest, self.plan, self.first_step, world.is_main, headline.hint(self))
@@ -152,11 +152,11 @@ class Session:
         state = self.state
         if self._writer and self._writer.late:
             raise self._writer.late
-        scale = scaling.step(state.scaler, state.optimizer, self.world)
+        scale = loss_scaling.step(state.scaler, state.optimizer, self.world)
         if scale is None:
             return
         self.display.write(f"step {state.step + 1} left out: gradients beyond fp16; the loss scale is now {scale:g}")
-        if scale < scaling.LEAST:
+        if scale < loss_scaling.LEAST:
             raise self.not_finite(state.step)
 
     def check_finite(self, sums: torch.Tensor, step: int) -> None:
@@ -220,12 +220,12 @@ class Session:
             record |= {f"{prefix}{key}": value for key, value in self.outcome.figures.items() if key != "per_class"}
         steps_here = step - max(self.first_step, step - self.plan.steps_per_epoch)
         if len(state.members) > 1:  # else all did, all the time
-            record["members"] = members.within(state.members, step - self.plan.steps_per_epoch, step)
+            record["members"] = participants.within(state.members, step - self.plan.steps_per_epoch, step)
         record["images_per_second"] = round(steps_here * self.config.global_batch / max(seconds, 1e-9), 1)
         record["seconds"] = round(self._seconds, 1)
         record["checkpoint_seconds"], self._stalled = round(self._stalled, 3), 0.0
         found = self.meter.read()
-        if speed := meter.speed(found, state.shares, self.world, self.config.global_batch):
+        if speed := rank_speeds.speed(found, state.shares, self.world, self.config.global_batch):
             record["speed"] = speed
         if self.world.own_folders:
             record = agree.gather_json(record, self.world)[0]  # all nodes keep rank 0's times
@@ -233,8 +233,8 @@ class Session:
         state.sums.zero_()
         self._record(record)
         if found and not final:
-            own = meter.own_seconds(found, state.shares)
-            self._tell_shares(work.follow(self.config, self.world, state, own))
+            own = rank_speeds.own_seconds(found, state.shares)
+            self._tell_shares(calibration.follow(self.config, self.world, state, own))
         self._epoch_started = time.monotonic()
 
     def _tell_shares(self, text: str) -> None:

@@ -15,14 +15,14 @@ from k8scifar.config.schema import COMM, FIXED, Config, flatten
 from k8scifar.data.augment import Images
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import UserError
+from k8scifar.exchange.gradients import AllReduce
+from k8scifar.exchange.local_sgd import LocalSGD
+from k8scifar.exchange.modes import KINDS
+from k8scifar.exchange.shares import Shares, equal
 from k8scifar.ranks.agree import gather, gather_json, unflatten
-from k8scifar.ranks.exchange import AllReduce
-from k8scifar.ranks.local_sgd import LocalSGD
-from k8scifar.ranks.modes import KINDS
-from k8scifar.ranks.shares import Shares, equal
 from k8scifar.ranks.world import World
 from k8scifar.results.summary import with_todays_names
-from k8scifar.training import compiling, model, norms, optim, scaling
+from k8scifar.training import compiling, loss_scaling, model, norms, optim
 
 WHITEN_FROM = 2000  # training images, evenly spaced, whose patches give the whitening filters
 
@@ -70,7 +70,7 @@ class State:
         statistics = norms.Statistics(norms.layers(net), constant=config.hardware.compile)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         optimizer = optim.build(net, config, precision)
-        scaler = scaling.scaler(world.device, precision)
+        scaler = loss_scaling.scaler(world.device, precision)
         return cls(
             config,
             manifest,

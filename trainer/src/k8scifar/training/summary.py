@@ -9,7 +9,7 @@ import torch
 
 from k8scifar import versions
 from k8scifar.config.schema import COMM
-from k8scifar.results import evaluated, members, speedup
+from k8scifar.results import evaluated, participants, speedup
 from k8scifar.results.outcome import Outcome
 from k8scifar.training import model, optim
 from k8scifar.training.plan import Plan
@@ -57,7 +57,7 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
 
 def _members(state: State, plan: Plan) -> dict[str, Any]:
     """Who took part from which step to which, where that changed."""
-    return {"members": members.within(state.members, 0, plan.steps)} if len(state.members) > 1 else {}
+    return {"members": participants.within(state.members, 0, plan.steps)} if len(state.members) > 1 else {}
 
 
 def device_name(device: torch.device) -> str:

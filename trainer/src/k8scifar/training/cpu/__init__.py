@@ -1,0 +1,1 @@
+"""What only a CPU runs: faster convolutions and memory settings."""
