@@ -11,9 +11,9 @@ from runs import CUT_AT, train_in_turn, weights_hash
 from k8scifar.config import loading
 from k8scifar.errors import UserError
 from k8scifar.exchange import auto
-from k8scifar.exchange.auto import Choice, Times
-from k8scifar.exchange.local_sgd import BLOCK, mean_in_bytes
-from k8scifar.ranks.heartbeats import Pulse
+from k8scifar.exchange.cost_model import Choice, Times, best, predict
+from k8scifar.exchange.local_sgd import SCALE_BLOCK, mean_in_bytes
+from k8scifar.ranks.heartbeats import Heartbeats
 from k8scifar.ranks.world import World
 from k8scifar.training import checkpoint
 from k8scifar.training.state import check_resumable
@@ -114,7 +114,7 @@ def times(movement: float, updates: float = 0.0, **exposed: float) -> Times:
 
 
 @pytest.mark.parametrize(
-    ("times", "best"),
+    ("times", "expected"),
     [
         (times(0.1, allreduce=0.04, bf16=0.02, int8=0.02), Choice("allreduce", 8)),
         (times(0.3, allreduce=0.2, bf16=0.04, int8=0.04), Choice("bf16", 8)),
@@ -126,25 +126,26 @@ def times(movement: float, updates: float = 0.0, **exposed: float) -> Times:
         (times(0.45, updates=0.4, allreduce=0.9, bf16=0.6, int8=0.3), Choice("int8", 8)),
     ],
 )
-def test_auto_takes_the_most_exact_way_that_the_wire_can_bear(times, best):
-    assert auto.best(auto.predict(times, 8)) == best
+def test_auto_takes_the_most_exact_way_that_the_wire_can_bear(times, expected):
+    assert best(predict(times, 8)) == expected
 
 
 def test_mean_in_bytes_is_close_keeps_zeros_and_hides_nothing():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        world = World(0, 1, 0, 1, torch.device("cpu"), "gloo", None, Pulse(0, 1), 60.0)
-        values = torch.randn(3 * BLOCK - 7)
-        values[BLOCK : 2 * BLOCK] *= 1e-6  # a block of its own scale
+        world = World(0, 1, 0, 1, torch.device("cpu"), "gloo", None, Heartbeats(0, 1), 60.0)
+        values = torch.randn(3 * SCALE_BLOCK - 7)
+        values[SCALE_BLOCK : 2 * SCALE_BLOCK] *= 1e-6  # a block of its own scale
         values[0] = 0.0
         found = mean_in_bytes(values, world)
-        for piece, got in zip(values.split(BLOCK), found.split(BLOCK), strict=True):
+        for piece, got in zip(values.split(SCALE_BLOCK), found.split(SCALE_BLOCK), strict=True):
             assert (got - piece).abs().max() <= 0.501 * piece.abs().max() / 127
         assert found[0] == 0.0
         assert not mean_in_bytes(torch.zeros(5), world).any()
         for odd in (torch.nan, torch.inf):
             values[-1] = odd
-            assert mean_in_bytes(values, world).isnan().tolist() == [False] * 2 * BLOCK + [True] * (BLOCK - 7)
+            missing = mean_in_bytes(values, world).isnan().tolist()
+            assert missing == [False] * 2 * SCALE_BLOCK + [True] * (SCALE_BLOCK - 7)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -7,8 +7,8 @@ import sys
 import torch
 from runs import HELPERS, run
 
-from k8scifar.exchange.formats import Int8 as Bytes
-from k8scifar.exchange.owners import divide
+from k8scifar.exchange.cost_model import divide_owners
+from k8scifar.exchange.formats import Int8
 
 
 def test_three_ranks_step_as_one_and_lose_nothing_when_owners_change(tmp_path):
@@ -18,7 +18,7 @@ def test_three_ranks_step_as_one_and_lose_nothing_when_owners_change(tmp_path):
 
 
 def test_byte_format_keeps_what_it_rounds_off_and_tells_what_is_not_finite():
-    form, generator = Bytes(), torch.Generator().manual_seed(3)
+    form, generator = Int8(), torch.Generator().manual_seed(3)
     rest, total, sent = torch.zeros(5, 7, dtype=torch.bfloat16), torch.zeros(5, 7), torch.zeros(5, 7)
     for _ in range(4):
         matrix = torch.randn(5, 7, generator=generator)
@@ -40,7 +40,7 @@ def test_byte_format_keeps_what_it_rounds_off_and_tells_what_is_not_finite():
 
 def test_a_row_whose_gradients_have_died_stays_finite():
     """What is rounded off it shrinks from step to step, to numbers whose inverse is infinite."""
-    form, matrix, rest = Bytes(), torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.bfloat16)
+    form, matrix, rest = Int8(), torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.bfloat16)
     matrix[0] = torch.linspace(-1.0, 1.0, 8)
     sent, found = torch.empty(form.size(2, 8), dtype=torch.uint8), torch.empty(2, 8)
     for step in range(40):
@@ -52,7 +52,7 @@ def test_a_row_whose_gradients_have_died_stays_finite():
 
 
 def test_owners_weigh_bytes_and_work_and_speed():
-    assert divide([4e9, 1e9, 1e9, 1e9, 1e9], [10] * 5, [1.0, 1.0]) == [0, 1, 1, 1, 1]
-    assert divide([1.0] * 4, [4_000_000, 1_000_000, 1_000_000, 2_000_000], [1.0, 1.0]) == [0, 1, 1, 1]
-    assert divide([3e9] * 4, [1] * 4, [3.0, 1.0]).count(0) == 3
-    assert divide([1.0] * 4, [1_000_000] * 4, [3.0, 1.0]).count(0) == 2, "the wire of a fast rank is no faster"
+    assert divide_owners([4e9, 1e9, 1e9, 1e9, 1e9], [10] * 5, [1.0, 1.0]) == [0, 1, 1, 1, 1]
+    assert divide_owners([1.0] * 4, [4_000_000, 1_000_000, 1_000_000, 2_000_000], [1.0, 1.0]) == [0, 1, 1, 1]
+    assert divide_owners([3e9] * 4, [1] * 4, [3.0, 1.0]).count(0) == 3
+    assert divide_owners([1.0] * 4, [1_000_000] * 4, [3.0, 1.0]).count(0) == 2, "the wire of a fast rank is no faster"

@@ -11,9 +11,9 @@ import torch
 from runs import CUT_AT, history, train_in_turn, weights_hash
 
 from k8scifar.config import loading
-from k8scifar.exchange import auto, shares
-from k8scifar.exchange.auto import Choice, Times
-from k8scifar.exchange.shares import Shares, Speeds
+from k8scifar.exchange import cost_model, shares
+from k8scifar.exchange.cost_model import Choice, Speeds, Times
+from k8scifar.exchange.shares import Shares
 from k8scifar.results import report, speedup
 from k8scifar.training import checkpoint, rank_speeds
 
@@ -90,12 +90,15 @@ def test_running_statistics_count_micro_batches_alike(trained):
 @pytest.mark.slow
 def test_shares_follow_speeds_that_change_and_the_log_says_so(trained):
     folder, said = trained
-    trial = r"by speed and by trial: [\d.]+ s a step, with 2 \+ 2 [\d.]+ s"
-    assert re.search(rf"shares: 3 \+ 1 of 4 micro-batches; {trial}; node 1 takes 2.0 times as long as node 0", said)
-    assert "shares: 3 + 1 of 4 micro-batches; as in the checkpoint" in said
-    assert "shares: 2 + 2 of 4 micro-batches; as distributed.share says; node 1 takes 2.0 times" in said
-    assert "shares: 2 + 2 of 4 micro-batches; local SGD takes equal shares" in said
-    assert "shares: 1 + 3 of 4 micro-batches from step 6 on; node 0 takes 3.0 times as long as node 1" in said
+    divided = "node 0 computes 3 of 4 micro-batches and node 1 computes 1"
+    equal = "each of 2 nodes computes 2 of 4 micro-batches"
+    seconds = r"\(4 and 2 s a micro-batch\): [\d.]+ s a step \(2 \+ 2: [\d.]+ s\)"
+    assert re.search(rf"{divided}, because node 1 is 2.0 times slower than node 0 {seconds}", said)
+    assert f"{divided}, as in the checkpoint" in said
+    assert f"{equal}, because distributed.share=equal; node 1 is 2.0 times slower" in said
+    assert f"{equal}, because local SGD needs equal shares" in said
+    later = "from step 6 on, node 0 computes 1 of 4 micro-batches and node 1 computes 3"
+    assert f"{later}, because node 0 is 3.0 times slower than node 1" in said
     assert saved(folder / "sgd-divided", 8)["share"]["counts"] == [1, 3]
 
 
@@ -129,7 +132,7 @@ def test_what_the_machines_came_to_is_in_log_summary_and_report(trained):
 )
 def test_division_that_suits_the_speeds(micro_batches, seconds, counts):
     speeds = Speeds(seconds, [0.0] * len(seconds), 8)
-    assert shares.better(shares.equal(micro_batches, len(seconds)), speeds) == counts
+    assert cost_model.better(shares.equal(micro_batches, len(seconds)), speeds) == counts
 
 
 def every_division(micro_batches, ranks):
@@ -147,7 +150,7 @@ def test_no_other_division_makes_a_shorter_step(ranks):
     for _ in range(40):
         own, updates, rest = ((torch.rand(ranks) + 0.2).tolist() for _ in range(3))
         speeds = Speeds(own, [2 * each for each in updates], 8, rest)
-        found = shares.divide(7, speeds)
+        found = cost_model.divide_shares(7, speeds)
         least = min(map(speeds.step, every_division(7, ranks)))
         assert speeds.step(found) == pytest.approx(least)
         assert speeds.least(7) <= least * 1.5
@@ -156,8 +159,8 @@ def test_no_other_division_makes_a_shorter_step(ranks):
 def test_a_step_is_the_last_rank_s_micro_batches_and_then_the_directions():
     speeds = Speeds([1.0, 2.4], [2.0, 4.0], 8, [0.25, 0.5])  # and as much again for the exchange
     assert speeds.step([4, 2]) == pytest.approx(2 * 2.4 + 1.0 + 4 / 3)
-    assert speeds.step([5, 1]) == pytest.approx(5.5 + 4 / 3) and shares.divide(6, speeds) == [5, 1]
-    assert shares.divide(6, Speeds([1.0, 2.0], [2.0, 4.0], 8, [0.25, 0.5])) == [4, 2]
+    assert speeds.step([5, 1]) == pytest.approx(5.5 + 4 / 3) and cost_model.divide_shares(6, speeds) == [5, 1]
+    assert cost_model.divide_shares(6, Speeds([1.0, 2.0], [2.0, 4.0], 8, [0.25, 0.5])) == [4, 2]
     assert Speeds([1.0, 2.0], [0.0, 0.0], 8).step([3, 1]) == 3.0
 
 
@@ -169,7 +172,7 @@ def test_a_checkpoint_that_does_not_say_what_no_rank_is_spared_is_taken_over():
 
 def test_more_ranks_than_micro_batches_are_refused():
     with pytest.raises(ValueError, match="3 ranks can't share 2 micro-batches"):
-        shares.divide(2, Speeds([1.0] * 3, [0.0] * 3, 8))
+        cost_model.divide_shares(2, Speeds([1.0] * 3, [0.0] * 3, 8))
 
 
 def test_equal_shares_weigh_exactly_one():
@@ -186,15 +189,15 @@ def chosen(sets, seconds, kept=None, mode="allreduce", local_size=1, timed=None)
     world = types.SimpleNamespace(size=len(seconds), local_size=local_size, rank=0)
     measured = Speeds(seconds, [0.0] * len(seconds), 8)
     timed = timed or (lambda divided: measured.step(divided.counts))
-    return shares.choose(loading.load(sets=sets), world, kept, mode, lambda: measured, timed)
+    return shares.choose_shares(loading.load(sets=sets), world, kept, mode, lambda: measured, timed)
 
 
 def test_whole_steps_decide_between_the_promised_division_and_the_one_beside_it():
     six = ["global_batch=60", "micro_batch=10"]
-    assert shares.beside([4, 2], Speeds([1.0, 2.2], [0.0] * 2, 8)) == [5, 1], "rank 1 is done last"
-    assert shares.beside([5, 1], Speeds([1.0, 2.2], [0.0] * 2, 8)) == [4, 2]
-    assert shares.beside([2, 1, 3], Speeds([1.0, 2.5, 1.0], [0.0] * 3, 8)) == [3, 1, 2]
-    assert shares.beside([5, 1], Speeds([1.0, 9.0], [0.0] * 2, 8)) is None
+    assert cost_model.neighbour([4, 2], Speeds([1.0, 2.2], [0.0] * 2, 8)) == [5, 1], "rank 1 is done last"
+    assert cost_model.neighbour([5, 1], Speeds([1.0, 2.2], [0.0] * 2, 8)) == [4, 2]
+    assert cost_model.neighbour([2, 1, 3], Speeds([1.0, 2.5, 1.0], [0.0] * 3, 8)) == [3, 1, 2]
+    assert cost_model.neighbour([5, 1], Speeds([1.0, 9.0], [0.0] * 2, 8)) is None
     seconds = {(4, 2): 0.787, (5, 1): 0.702}  # measured: the exchange costs the slow rank more than was promised
     asked = []
 
@@ -204,7 +207,10 @@ def test_whole_steps_decide_between_the_promised_division_and_the_one_beside_it(
 
     found, said = chosen(six, [1.0, 2.2], timed=timed)
     assert found.counts == [5, 1] and asked == [[4, 2], [5, 1]]
-    assert said.startswith("shares: 5 + 1 of 6 micro-batches; by speed and by trial: 0.70 s a step, with 4 + 2 0.79 s;")
+    assert said == (
+        "node 0 computes 5 of 6 micro-batches and node 1 computes 1, because node 1 is 2.2 times slower than node 0 "
+        "(2.2 and 1 s a micro-batch): 0.70 s a step (4 + 2: 0.79 s)"
+    )
     seconds[5, 1] = 0.9
     assert chosen(six, [1.0, 2.2], timed=timed)[0].counts == [4, 2]
     asked.clear()
@@ -216,9 +222,12 @@ def test_what_is_said_and_what_is_not():
     four = ["global_batch=100", "micro_batch=25"]
     assert chosen(four, [1.0, 2.0], local_size=2) == (Shares([2, 2]), ""), "one machine: neither measured nor told"
     said = chosen(four, [1.0] * 3, local_size=3)[1]
-    assert said == "shares: 2 + 1 + 1 of 4 micro-batches; all ranks are on one machine"
+    assert said == (
+        "rank 0 computes 2 of 4 micro-batches, rank 1 computes 1 and rank 2 computes 1, "
+        "because all ranks are on one machine"
+    )
     found, said = chosen(["global_batch=100", "micro_batch=50"], [1.0, 2.0])
-    assert found.counts == [1, 1] and "a smaller micro_batch would let the faster one take more" in said
+    assert found.counts == [1, 1] and "a smaller micro_batch would let the faster node take more" in said
     assert "smaller" not in chosen(four, [1.0, 1.05])[1]
     assert chosen(four, [1.0, 1.0], Shares([3, 1]))[0].counts == [3, 1]
     assert chosen([*four, "distributed.share=equal"], [1.0, 1.0], Shares([3, 1]))[0].counts == [2, 2]
@@ -276,9 +285,9 @@ def test_an_epoch_s_clocks_are_read_by_resolution_without_the_first_step(monkeyp
 def test_auto_communication_counts_with_shares_that_suit_the_speeds():
     exposed = {"allreduce": 0.4, "bf16": 0.15, "int8": 0.15}
     slow_wire = Times(movement=0.5, compute=4.0, exposed=exposed)
-    assert auto.best(auto.predict(slow_wire, 8)) == Choice("bf16", 8)
+    assert cost_model.best(cost_model.predict(slow_wire, 8)) == Choice("bf16", 8)
     divided = Times(movement=0.5, compute=8.0, exposed=exposed, divided=4.0)
-    steps = auto.predict(divided, 8)
+    steps = cost_model.predict(divided, 8)
     assert steps[Choice("local-sgd", 8)] > 8.0 > steps[Choice("allreduce", 8)]
 
 

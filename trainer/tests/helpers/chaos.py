@@ -302,7 +302,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the kinds and moments (the time)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which faults (all)")
     parser.add_argument(
-        "--comm", choices=modes.KINDS, default="allreduce", help="how the ranks communicate (allreduce)"
+        "--comm", choices=modes.MODES, default="allreduce", help="how the ranks communicate (allreduce)"
     )
     args = parser.parse_args()
     print(f"seed {args.seed}", file=sys.stderr)

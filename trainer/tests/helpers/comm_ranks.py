@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from k8scifar.cli import main
-from k8scifar.exchange import auto
+from k8scifar.exchange import trials
+from k8scifar.exchange.cost_model import Times
 from k8scifar.exchange.local_sgd import LocalSGD
 from k8scifar.ranks import device
 from k8scifar.ranks.agree import average
@@ -71,7 +72,7 @@ def slow(measure):
     def wrapper(*arguments):
         found = measure(*arguments)
         assert min(found.movement, found.compute) > 0.0 and list(found.exposed) == ["allreduce", "bf16", "int8"]
-        return auto.Times(movement=2.0, compute=1.0, exposed={"allreduce": 4.0, "bf16": 2.0, "int8": 1.0})
+        return Times(movement=2.0, compute=1.0, exposed={"allreduce": 4.0, "bf16": 2.0, "int8": 1.0})
 
     return wrapper
 
@@ -103,9 +104,11 @@ def keeping_gradients(step):
     """`step` of Session; rank 0 keeps the gradients that the first one is taken by, where speeds were told."""
 
     def wrapper(session):
-        if session.state.step == 0 and auto.alone is not alone:
-            session.state.exchange.settle()
-            gradients = [whole(parameter, session.state.exchange) for parameter in session.state.net.parameters()]
+        if session.state.step == 0 and trials.measure_speeds is not measure_speeds:
+            owners = getattr(session.state.exchange, "owners", None)
+            if owners:
+                owners.finish()
+            gradients = [whole(parameter, owners) for parameter in session.state.net.parameters()]
             if session.world.is_main:
                 torch.save(torch.cat(gradients), HASHES.with_name(f"{session.config.name}.gradients"))
         step(session)
@@ -113,11 +116,11 @@ def keeping_gradients(step):
     return wrapper
 
 
-def whole(parameter, exchange) -> torch.Tensor:
+def whole(parameter, owners) -> torch.Tensor:
     """A parameter's gradient as its owner, if it has one, holds it."""
     gradient = parameter.grad.flatten()
-    if (owner := exchange.owner(parameter)) is not None:
-        torch.distributed.broadcast(gradient, owner)
+    if owners and parameter in owners.owner:
+        torch.distributed.broadcast(gradient, owners.owner[parameter])
     return gradient
 
 
@@ -154,9 +157,9 @@ def run(plan: Path, rank: str) -> int:
         speeds = training.get("speeds")
         apart = training.get("apart") or training.get("slow") or speeds
         os.environ["LOCAL_WORLD_SIZE"] = "1" if apart else os.environ["WORLD_SIZE"]
-        auto.measure = slow(measure) if training.get("slow") else measure
-        auto.alone = told(alone, speeds) if speeds else alone
-        auto.timed = as_told(timed) if speeds else timed
+        trials.measure_modes = slow(measure_modes) if training.get("slow") else measure_modes
+        trials.measure_speeds = told(measure_speeds, speeds) if speeds else measure_speeds
+        trials.measure_step = as_told(measure_step) if speeds else measure_step
         later = iter(training.get("later", []))
         rank_speeds.own_seconds = lambda found, shares, later=later: next(later, None) or own_seconds(found, shares)
         session.resolve_precision = scaled if training.get("scaled") else resolve_precision
@@ -171,7 +174,8 @@ if __name__ == "__main__":
     Session.finish_epoch, Session.complete = noted(Session.finish_epoch), noted(Session.complete)
     resolve_precision = session.resolve_precision
     device.DTYPES["fp16"] = torch.bfloat16
-    alone, timed, measure, own_seconds = auto.alone, auto.timed, auto.measure, rank_speeds.own_seconds
+    measure_speeds, measure_step = trials.measure_speeds, trials.measure_step
+    measure_modes, own_seconds = trials.measure_modes, rank_speeds.own_seconds
     Session.step = keeping_gradients(overflowing(Session.step))
     LocalSGD._average_movement = noted_when_averaged(LocalSGD._average_movement)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"

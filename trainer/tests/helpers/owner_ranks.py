@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from k8scifar.config.schema import Config
-from k8scifar.exchange.gradients import AllReduce, Int8
-from k8scifar.ranks.heartbeats import Pulse
+from k8scifar.exchange import carried, modes
+from k8scifar.ranks.heartbeats import Heartbeats
 from k8scifar.ranks.world import World
 from k8scifar.training.muon import Muon
 
@@ -41,7 +40,7 @@ def exact(world: World) -> None:
     """Against one process that adds all ranks' gradients up in their order and steps alone."""
     (net, optimizer), (alone, reference) = build(), build()
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    exchange = AllReduce(Config(), world, ddp, optimizer)
+    exchange = modes.build("allreduce", 1, world, ddp, optimizer)
     exchange.divide_updates(SPEEDS)
     for step in range(6):
         means = [torch.zeros_like(parameter) for parameter in alone.parameters()]
@@ -60,10 +59,10 @@ def exact(world: World) -> None:
         optimizer.zero_grad(set_to_none=False)
         assert all(map(torch.equal, net.parameters(), alone.parameters())), f"rank {world.rank}, step {step}"
         if step == 2:
-            before = [exchange.owner(parameter) for parameter in optimizer.hidden]
+            before = [exchange.owners.owner[parameter] for parameter in optimizer.hidden]
             exchange.divide_updates(LATER)
-            assert before != [exchange.owner(parameter) for parameter in optimizer.hidden]
-    exchange.snapshot()
+            assert before != [exchange.owners.owner[parameter] for parameter in optimizer.hidden]
+    carried.snapshot(exchange, world)
     if world.is_main:
         for mine, its in zip(optimizer.hidden, reference.hidden, strict=True):
             momenta = optimizer.state[mine]["momentum_buffer"], reference.state[its]["momentum_buffer"]
@@ -74,7 +73,7 @@ def rounded(world: World) -> None:
     """Whatever was rounded off is still there: the sums of gradients and of directions are what they should be."""
     net, optimizer = build()
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    exchange = Int8(Config(), world, ddp, optimizer)
+    exchange = modes.build("int8", 1, world, ddp, optimizer)
     exchange.divide_updates(SPEEDS)
     wanted, taken, asked, made = ({weight: 0.0 for weight in optimizer.hidden} for _ in range(4))
     direction = optimizer.direction
@@ -100,13 +99,13 @@ def rounded(world: World) -> None:
         optimizer.zero_grad(set_to_none=False)
         if step == 2:
             exchange.divide_updates(LATER)
-    saved = exchange.snapshot()
+    saved = carried.snapshot(exchange, world)
     flat = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
     everyone = [torch.empty_like(flat) for _ in range(RANKS)]
     dist.all_gather(everyone, flat)
     assert all(torch.equal(flat, other) for other in everyone), "replicas stay equal"
     for index, weight in enumerate(optimizer.hidden):
-        left = exchange._own()[index].view_as(weight.movedim(1, -1)).movedim(-1, 1)
+        left = exchange.carried().own[index].view_as(weight.movedim(1, -1)).movedim(-1, 1)
         mean = (wanted[weight] - left) / RANKS
         dist.all_reduce(mean)
         whole = taken[weight] + torch.zeros_like(weight)
@@ -124,7 +123,7 @@ def rank(number: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=number, world_size=RANKS)
-    world = World(number, RANKS, 0, 1, torch.device("cpu"), "gloo", None, Pulse(0, 1), 60.0)
+    world = World(number, RANKS, 0, 1, torch.device("cpu"), "gloo", None, Heartbeats(0, 1), 60.0)
     exact(world)
     rounded(world)
     dist.barrier()

@@ -121,7 +121,7 @@ def test_strangers_on_every_port_neither_join_nor_end_the_training(group, machin
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("comm", modes.KINDS)
+@pytest.mark.parametrize("comm", modes.MODES)
 def test_a_short_run_of_chaos(tmp_path, comm):
     seed = int(time.time())
     print(f"seed {seed}")

@@ -101,7 +101,7 @@ def test_nccl_s_folder_is_made_with_the_run_folder_alone(gpus, tmp_path, monkeyp
 @pytest.mark.parametrize(("version", "prefix"), [("2.4.0+cu121", "TORCH_NCCL_TRACE"), ("2.13.0", "TORCH_FR")])
 def test_flight_recorder_has_the_names_of_each_torch(version, prefix, tmp_path):
     environment = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
-    nccl.settle_environment(60, tmp_path, environment, version)
+    nccl.set_environment(60, tmp_path, environment, version)
     assert environment[f"{prefix}_BUFFER_SIZE"] == "2000"
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1", "what the user sets stays"
     assert environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "480"
@@ -144,9 +144,9 @@ def test_reader_does_not_wait_for_a_stuck_gpu_for_good(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     here = SimpleNamespace(device=torch.device("cuda", 0), size=2, timeout=0.05)
     with pytest.raises(RuntimeError, match="Timed out waiting") as told:
-        world.settle(here)
+        world.wait_for_gpu(here)
     assert world.failures.is_peer_failure(told.value, 2)
-    world.settle(SimpleNamespace(device=torch.device("cpu"), size=2, timeout=0.05))
+    world.wait_for_gpu(SimpleNamespace(device=torch.device("cpu"), size=2, timeout=0.05))
 
 
 def test_card_without_code_in_this_torch_is_told_before_the_first_step(gpus, tmp_path):
@@ -178,14 +178,14 @@ def test_driver_that_is_too_old_is_told_in_one_line(gpus, tmp_path, monkeypatch,
     monkeypatch.setattr(torch.cuda, "is_available", unusable)
     with warnings.catch_warnings(record=True) as told:
         if wanted == "auto":
-            assert devices.choose(config(tmp_path), 0).type == "cpu"
+            assert devices.choose_device(config(tmp_path), 0).type == "cpu"
             said = capsys.readouterr().err
             assert said.count("\n") == 1
             assert "driver on your system is too old" in said
             assert "Triggered" not in said
         else:
             with pytest.raises(UserError, match=r"driver on your system is too old.*set hardware\.device=cpu"):
-                devices.choose(config(tmp_path, "hardware.device=cuda"), 0)
+                devices.choose_device(config(tmp_path, "hardware.device=cuda"), 0)
     assert not told
 
 

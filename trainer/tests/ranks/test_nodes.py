@@ -54,7 +54,7 @@ def test_a_broken_transfer_goes_on_and_both_keep_the_same_bytes_or_say_so(nodes,
     )
     assert codes == [[5, 0, 0], [1, 0, 0]], said
     assert "could not be written (No space left on device)" in said
-    assert "0.3 MB of 1.8 MB are here already; going on" in said
+    assert "0.3 MB of 1.8 MB are here already; resuming" in said
     assert said.count("taking synthetic") == 2, "what has come whole comes once"
     first, second = (checkpoints(tmp_path, rank, "local-sgd") for rank in (0, 1))
     assert [name[:13] for name in first] == ["step-00000004", "step-00000006"]

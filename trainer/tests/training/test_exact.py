@@ -15,7 +15,7 @@ from runs import TINY, history, train_in_turn, weights_hash
 from k8scifar.cli import main
 from k8scifar.data.prepare import prepare
 from k8scifar.errors import PREEMPTED
-from k8scifar.exchange.owners import rows
+from k8scifar.exchange.layout import rows
 from k8scifar.training import checkpoint, loop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from k8scifar.config import loading
-from k8scifar.exchange.owners import PER_NUMBER, divide
+from k8scifar.exchange.cost_model import PER_NUMBER, divide_owners
 from k8scifar.training import muon, optim
 
 PRODUCTS = pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -89,7 +89,7 @@ def test_shared_among_ranks_equals_alone():
             rounded = owning.direction(its).bfloat16()
             parameter.grad.copy_(rounded.view_as(parameter.movedim(1, -1)).movedim(-1, 1))
 
-    sharing.share(direct)
+    sharing.compute_directions_by(direct)
     build(alone).step()
     sharing.step()
     for one, other in zip(alone, together, strict=True):
@@ -118,13 +118,13 @@ def test_work_is_divided_evenly_and_counted(resnet18):
     costs = [muon.flops(weight, 5) for weight in hidden]
     sizes = [weight.numel() for weight in hidden]
     for speeds in ([1.0], [1.0] * 2, [1.0] * 4, [2.0, 1.0]):
-        owners = divide(costs, sizes, speeds)
+        owners = divide_owners(costs, sizes, speeds)
         assert set(owners) == set(range(len(speeds)))
         busy = [0.0] * len(speeds)
         for cost, size, owner in zip(costs, sizes, owners, strict=True):
             busy[owner] += cost / speeds[owner] + PER_NUMBER * size
         assert max(busy) < 1.35 * sum(busy) / len(busy), "computing and receiving"
-    received = [size for size, owner in zip(sizes, divide(costs, sizes, [1.0, 1.0]), strict=True) if owner]
+    received = [size for size, owner in zip(sizes, divide_owners(costs, sizes, [1.0, 1.0]), strict=True) if owner]
     assert sum(received) == pytest.approx(sum(sizes) / 2, rel=0.1)
     from torch.utils.flop_counter import FlopCounterMode
 

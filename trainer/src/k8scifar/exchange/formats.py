@@ -1,10 +1,9 @@
-"""How a matrix travels between ranks: whole, rounded to bfloat16, or as bytes with one scale a row.
+"""Formats of a matrix on the wire: float32, bfloat16, or int8 with one scale a row and error feedback.
 
-Every format writes float32 [rows, columns] into bytes and reads them back. What int8 rounds off is kept where it was
-rounded, in bfloat16 (an error of 2^-9 of an error), and added to what the same rank writes for this matrix the next
-time (error feedback).
+Every format writes float32 [rows, columns] into bytes and reads them back. The rank that rounds to int8 keeps the
+remainder in bfloat16, which loses 2^-9 of it, and adds it to the next matrix that it writes for this parameter.
 
-Source of the last: Seide, Fu, Droppo, Li, Yu, 1-Bit Stochastic Gradient Descent (2014).
+Source of error feedback: Seide, Fu, Droppo, Li, Yu, 1-Bit Stochastic Gradient Descent (2014).
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ from collections.abc import Iterator
 
 import torch
 
-ALIGNED = 16  # bytes: each piece of a message begins at a multiple, so that it can be viewed as any type
-TINY = 1e-30  # a row's scale below which it is sent as zeros: 1 / scale would soon be infinite
-BLOCK = 2**16  # elements that are worked on at once: they stay in the cache over the passes
+ALIGNED = 16  # bytes; each piece of a message begins at a multiple, so that a view of it can have any type
+TINY = 1e-30  # a row with a smaller scale is sent as zeros, because 1 / scale would overflow
+CACHED_NUMBERS = 2**16  # numbers that are processed together: they stay in the cache
 
 
 def padded(size: int) -> int:
-    """Bytes that a piece takes in a message."""
+    """Bytes of a piece in a message."""
     return -(-size // ALIGNED) * ALIGNED
 
 
 class Float32:
-    """As it is: 4 bytes a number."""
+    """Exact: 4 bytes a number."""
 
-    rounds = False  # whether remainders are kept
+    rounds = False  # whether it keeps remainders
     dtype = torch.float32
 
     def size(self, rows: int, columns: int) -> int:
@@ -34,15 +33,15 @@ class Float32:
         return rows * columns * self.dtype.itemsize
 
     def write(self, matrix: torch.Tensor, factor: float, rest: torch.Tensor, out: torch.Tensor) -> None:
-        """Write `factor` times a matrix into `out`, uint8 [size]; `rest`: of the formats that round."""
+        """Write `factor` times a matrix into `out`, uint8 [size]; formats that round use `rest`."""
         torch.mul(matrix, factor, out=out.view(self.dtype).view_as(matrix))
 
     def add(self, sent: torch.Tensor, total: torch.Tensor) -> None:
-        """Add what was sent, uint8 [size], to `total`, float32 [rows, columns]."""
+        """Add a written matrix, uint8 [size], to `total`, float32 [rows, columns]."""
         total.add_(sent.view(self.dtype).view_as(total))
 
     def read(self, sent: torch.Tensor, out: torch.Tensor) -> None:
-        """What was sent, uint8 [size], as float32 [rows, columns]."""
+        """Copy a written matrix, uint8 [size], to `out`, float32 [rows, columns]."""
         out.copy_(sent.view(self.dtype).view_as(out))
 
 
@@ -57,9 +56,9 @@ class BFloat16(Float32):
 
 
 class Int8(Float32):
-    """Rounded to the nearest of 255 values between a row's greatest magnitude and its negative, and a float32 a row.
+    """Rounded to 255 values between a row's greatest magnitude and its negative; a float32 scale a row.
 
-    A row with a value that is not finite is read as one that is not, and so is its remainder.
+    A row with a value that is not finite stays not finite when it is read, and so does its remainder.
     """
 
     rounds = True
@@ -68,9 +67,9 @@ class Int8(Float32):
         return padded(rows * columns) + 4 * rows
 
     def write(self, matrix: torch.Tensor, factor: float, rest: torch.Tensor, out: torch.Tensor) -> None:
-        """`rest`: bfloat16 [rows, columns], what was rounded off before; afterwards what is now."""
+        """`rest`: bfloat16 [rows, columns], the former remainder, which the new one replaces."""
         values, scales = self._parts(out, matrix)
-        scratch = torch.empty(2, max(BLOCK, matrix.shape[1]), device=matrix.device)
+        scratch = torch.empty(2, max(CACHED_NUMBERS, matrix.shape[1]), device=matrix.device)
         for rows in _blocks(matrix):
             whole, rounded = (part[: matrix[rows].numel()].view_as(matrix[rows]) for part in scratch)
             torch.add(matrix[rows], rest[rows], out=whole)
@@ -83,7 +82,7 @@ class Int8(Float32):
 
     def add(self, sent: torch.Tensor, total: torch.Tensor) -> None:
         values, scales = self._parts(sent, total)
-        scratch = torch.empty(max(BLOCK, total.shape[1]), device=total.device)
+        scratch = torch.empty(max(CACHED_NUMBERS, total.shape[1]), device=total.device)
         for rows in _blocks(total):
             piece = scratch[: total[rows].numel()].view_as(total[rows])
             total[rows].addcmul_(piece.copy_(values[rows]), scales[rows])
@@ -100,7 +99,7 @@ class Int8(Float32):
 
 
 def _blocks(matrix: torch.Tensor) -> Iterator[slice]:
-    """Slices of rows that hold about BLOCK elements each."""
-    rows = max(1, BLOCK // matrix.shape[1])
+    """Slices of rows that hold about CACHED_NUMBERS each."""
+    rows = max(1, CACHED_NUMBERS // matrix.shape[1])
     for first in range(0, len(matrix), rows):
         yield slice(first, first + rows)

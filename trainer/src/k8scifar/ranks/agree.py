@@ -1,4 +1,4 @@
-"""How the ranks agree: they compare what they hold, tell what they found, means are taken, flags are raised."""
+"""Agreements between the ranks: equal facts, means, gathered values, work on some ranks, and flags."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from k8scifar import liveness
 from k8scifar.errors import PeersDiffer, Superseded, TrainingError, UserError
 from k8scifar.ranks.world import World
 
-PATIENCE = 10  # time-outs that the ranks wait for what one of them does, as long as it says that it is at it
+LONGEST = 10  # time-outs for which the ranks wait for the work of one of them
 
 
 def meet(world: World, facts: dict[str, Any]) -> None:
-    """Raise PeersDiffer on every rank, saying what differs, unless all ranks hold equal `facts`."""
+    """Raise PeersDiffer on every rank, with the differences, unless all ranks have equal `facts`; collective."""
     everyone = gather_json({"host": socket.gethostname(), "facts": facts}, world)
     first = everyone[0]
     for rank, other in enumerate(everyone):
         odd = [key for key in first["facts"] | other["facts"] if first["facts"].get(key) != other["facts"].get(key)]
         if odd:
-            told = "; ".join(f"{key}: {first['facts'].get(key)} and {other['facts'].get(key)}" for key in odd)
+            values = "; ".join(f"{key}: {first['facts'].get(key)} and {other['facts'].get(key)}" for key in odd)
             raise PeersDiffer(
-                f"rank 0 ({first['host']}) and rank {rank} ({other['host']}) do not belong together: {told}; "
+                f"rank 0 ({first['host']}) and rank {rank} ({other['host']}) do not belong together: {values}; "
                 "give all ranks the same configuration, data and version"
             )
 
 
 @torch.no_grad()
 def average(tensors: list[torch.Tensor], world: World, dtype: torch.dtype = torch.float64, weight: float = 1.0) -> None:
-    """Replace each tensor by its mean over the ranks; in float64 values that are equal stay what they are.
+    """Replace each tensor by its mean over the ranks; in float64, equal values do not change. Collective.
 
-    `weight`: how much this rank's count; 1 in the mean over the ranks.
+    `weight`: of this rank's values; the mean of the ranks' weights must be 1.
     """
     flat = torch.cat([tensor.flatten().to(dtype) for tensor in tensors])
     flat *= weight
-    world.pulse.arrive()
+    world.heartbeats.arrive()
     dist.all_reduce(flat)
     flat /= world.size
     unflatten(flat, tensors)
@@ -50,21 +50,21 @@ def average(tensors: list[torch.Tensor], world: World, dtype: torch.dtype = torc
 
 @torch.no_grad()
 def unflatten(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
-    """Copy the values of `flat` (1-dimensional) into the tensors, in order: what torch.cat of them had joined."""
+    """Copy the values of `flat` (1-dimensional) into the tensors, in order: the inverse of torch.cat."""
     for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(values.view_as(tensor))
 
 
 def gather(row: torch.Tensor, world: World) -> torch.Tensor:
-    """Every rank's `row` (1-dimensional, equal length), stacked on the CPU: [world size, n]; the same on all ranks."""
+    """Return every rank's `row` (1-dimensional, equal length) on all ranks, on the CPU: [world size, n]; collective."""
     rows = [torch.empty_like(row, device="cpu") for _ in range(world.size)]
-    world.pulse.arrive()
+    world.heartbeats.arrive()
     dist.all_gather(rows, row.cpu(), group=world.host_group)
     return torch.stack(rows)
 
 
 def gather_json(value: Any, world: World) -> list[Any]:
-    """Every rank's JSON value, on all ranks; collective. No pickles: what crosses the network can't run code."""
+    """Return every rank's JSON value on all ranks; collective. No pickles, because received pickles can run code."""
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = gather(torch.tensor([len(content)]), world)[:, 0].tolist()
     row = torch.zeros(max(lengths), dtype=torch.uint8)
@@ -74,13 +74,13 @@ def gather_json(value: Any, world: World) -> list[Any]:
 
 
 def each(world: World, work: Callable[[], Any] | None) -> list[Any]:
-    """What `work` returns on each rank (JSON), on all ranks; None of a rank that has no work. Collective.
+    """Run `work` on each rank and return every rank's JSON result on all ranks (None without work); collective.
 
-    A UserError or TrainingError of one rank is raised on every rank alike. The work may take longer than a
-    collective's time-out (slow storage): up to PATIENCE time-outs, while the ranks tell each other that they are at it.
+    A UserError or TrainingError of one rank is raised on every rank. The work may take up to LONGEST time-outs of a
+    collective (slow storage): meanwhile the ranks exchange flags, four in a time-out.
     """
     job = _in_thread(work or (lambda: None))
-    end = time.monotonic() + PATIENCE * world.timeout
+    end = time.monotonic() + LONGEST * world.timeout
     while True:
         done = bool(wait([job], timeout=world.timeout / 4).done)
         flags = gather(torch.tensor([done, time.monotonic() > end]), world)
@@ -89,7 +89,7 @@ def each(world: World, work: Callable[[], Any] | None) -> list[Any]:
             break
         if flags[:, 1].any():
             slow = (~flags[:, 0]).nonzero()[0].item()
-            raise TrainingError(f"rank {slow} is not done after {PATIENCE * world.timeout:.0f} s: does a volume hang?")
+            raise TrainingError(f"rank {slow} is not done after {LONGEST * world.timeout:.0f} s: does a volume hang?")
     answers = gather_json(job.result() | {"host": socket.gethostname()}, world)
     for rank, answer in enumerate(answers):
         for kind in (UserError, TrainingError):
@@ -99,13 +99,13 @@ def each(world: World, work: Callable[[], Any] | None) -> list[Any]:
 
 
 def _in_thread(work: Callable[[], Any]) -> Future[dict[str, Any]]:
-    """What `work` comes to, as JSON for all ranks; in a thread that may hang in the kernel for good."""
+    """Start `work` in a thread, which may hang in the kernel forever; the result is JSON for all ranks."""
     job: Future[dict[str, Any]] = Future()
 
     def run() -> None:
         try:
             job.set_result({"value": work()})
-        except Superseded as error:  # this process's own mistake: the others must not end for it
+        except Superseded as error:  # only this process must end
             job.set_exception(error)
         except (UserError, TrainingError) as error:
             kind = UserError if isinstance(error, UserError) else TrainingError
@@ -118,22 +118,22 @@ def _in_thread(work: Callable[[], Any]) -> Future[dict[str, Any]]:
 
 
 def broadcast(content: bytes, source: int, world: World) -> bytes:
-    """Rank `source`'s `content` on every rank; collective."""
+    """Return rank `source`'s `content` on every rank; collective."""
     length = torch.tensor([len(content)])
-    world.pulse.arrive()
+    world.heartbeats.arrive()
     dist.broadcast(length, source, group=world.host_group)
     buffer = torch.empty(int(length.item()), dtype=torch.uint8)
     if world.rank == source:
         buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    world.pulse.arrive()
+    world.heartbeats.arrive()
     dist.broadcast(buffer, source, group=world.host_group)
     return buffer.numpy().tobytes()
 
 
 class Agreement:
-    """A few flags that all ranks see alike at the end of a step: raised by any rank, raised on all.
+    """Flags for a step: a flag that any rank raises is raised on all ranks.
 
-    The exchange starts before the step's computation and is read after it, so it costs a step nothing.
+    `begin` starts the exchange before the step's computation and `end` reads it afterwards, so the step does not wait.
     """
 
     def __init__(self, world: World, names: tuple[str, ...]) -> None:
@@ -142,17 +142,17 @@ class Agreement:
         self._work: Any = None
 
     def begin(self, **raised: bool) -> None:
-        """Send this rank's flags."""
+        """Start sending this rank's flags."""
         self._flags = torch.tensor([int(raised.get(name, False)) for name in self._names], dtype=torch.int32)
         self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self._world.host_group, async_op=True)
 
     def end(self) -> set[str]:
-        """The names of the flags that any rank raised."""
-        self._world.pulse.arrive()
+        """Return the names of the flags that any rank raised; collective."""
+        self._world.heartbeats.arrive()
         self._work.wait()
         return {name for name, flag in zip(self._names, self._flags.tolist(), strict=True) if flag}
 
     def now(self, **raised: bool) -> set[str]:
-        """`begin` and `end` in one."""
+        """`begin` and `end` in one call; collective."""
         self.begin(**raised)
         return self.end()

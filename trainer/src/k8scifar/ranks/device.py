@@ -1,4 +1,4 @@
-"""Where a rank computes, and how precisely."""
+"""Choose each rank's device and the precision of all ranks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from k8scifar.errors import RankError, UserError
 
 AMPERE, VOLTA = (8, 0), (7, 0)  # the first GPUs with bf16, and with fp16 matrix units
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NONE, FP16, BF16 = 0, 1, 2  # the best that a device has in hardware
+NONE, FP16, BF16 = 0, 1, 2  # the best 16-bit format that a device has in hardware
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What all ranks compute in, `bf16`, `fp16` or `fp32`; and what a person should know of it, or ""."""
+    """The precision of all ranks (`bf16`, `fp16` or `fp32`), and a warning about it, or ""."""
 
     name: str
     note: str = ""
 
 
-def choose(config: Config, local_rank: int) -> torch.device:
-    """This rank's device. Raises UserError where there is none as the configuration asks for."""
+def choose_device(config: Config, local_rank: int) -> torch.device:
+    """Return this rank's device. Raises UserError or RankError if the configured one is missing."""
     available, why = (False, "") if config.hardware.device == "cpu" else _available()
     if not available:
         if config.hardware.device == "cuda":
@@ -46,7 +46,7 @@ def choose(config: Config, local_rank: int) -> torch.device:
             "lower --nproc-per-node, or set hardware.device=cpu"
         )
     device = torch.device("cuda", local_rank)
-    with warnings.catch_warnings():  # torch's own words for what is told here
+    with warnings.catch_warnings():  # of torch about what the error below reports
         warnings.simplefilter("ignore", UserWarning)
         torch.cuda.set_device(device)
         capability, built = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
@@ -60,10 +60,9 @@ def choose(config: Config, local_rank: int) -> torch.device:
 
 
 def prepare(config: Config, device: torch.device) -> None:
-    """Have a GPU choose its algorithms: the fastest after trying them, or such as give the same bits each time.
+    """Set how a GPU chooses its algorithms: the fastest in a trial, or deterministic ones.
 
-    Without `hardware.deterministic` a GPU's sums may be taken in another order each time. A CPU's are not, so nothing
-    is set there.
+    Without `hardware.deterministic` the order of a GPU's sums may vary between runs. A CPU's order is fixed.
     """
     if device.type != "cuda":
         return
@@ -77,8 +76,8 @@ def prepare(config: Config, device: torch.device) -> None:
 def has_code(capability: tuple[int, int], built: list[str]) -> bool:
     """Whether a torch built for these architectures runs on a GPU of this compute capability.
 
-    Machine code (sm_86) runs on its own major version from its minor version on, a text that the driver compiles
-    (compute_90) on all from there on; a letter behind the number means this one alone.
+    Machine code (sm_86) runs on the same major version with the same or a higher minor version. PTX (compute_90), which
+    the driver compiles, runs on all from that capability on. Code with a letter (sm_90a) runs on that one only.
     """
     entries = [match for name in built if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", name))]
     for kind, major, minor, letter in (entry.groups() for entry in entries):
@@ -89,21 +88,21 @@ def has_code(capability: tuple[int, int], built: list[str]) -> bool:
             return True
         if kind == "compute" and one <= capability:
             return True
-    return not entries  # another vendor's
+    return not entries  # of another vendor
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A context in which a model computes in this precision."""
+    """Return a context in which a model computes in this precision."""
     return torch.autocast(device.type, DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES)
 
 
 def resolve_precision(config: Config, device: torch.device, group: object) -> Precision:
-    """The precision of all ranks; collective over `group`.
+    """Return the precision of all ranks; collective over `group`.
 
-    `auto` is bf16 where every rank has it in hardware, fp16 where no rank has that but all have fp16, else fp32.
+    `auto` is bf16 if every rank has it in hardware, fp16 if all ranks have fp16 and none has bf16, else fp32.
     """
     wanted = config.hardware.precision
-    if wanted == "fp16" and device.type == "cpu":  # torch has no fast form of it there: a step takes minutes
+    if wanted == "fp16" and device.type == "cpu":  # a step would take minutes
         raise UserError("hardware.precision=fp16 needs a GPU, and this rank trains on the CPU; set it to auto")
     best = torch.tensor([ability(device)])
     least, most = best.clone(), best.clone()
@@ -125,7 +124,7 @@ def resolve_precision(config: Config, device: torch.device, group: object) -> Pr
 
 
 def ability(device: torch.device) -> int:
-    """The best of BF16, FP16 and NONE that a device has in hardware."""
+    """Return the best of BF16, FP16 and NONE that a device has in hardware."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         return BF16 if capability >= AMPERE else FP16 if capability >= VOLTA else NONE
@@ -133,9 +132,9 @@ def ability(device: torch.device) -> int:
 
 
 def _available() -> tuple[bool, str]:
-    """Whether torch can use a GPU, and where it can't though there is a driver, why."""
-    with warnings.catch_warnings(record=True) as told:
+    """Whether torch can use a GPU; if it cannot although there is a driver, the reason."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
-    reasons = [" ".join(str(warning.message).split()) for warning in told if "cuda" in str(warning.message).lower()]
+    reasons = [" ".join(str(warning.message).split()) for warning in caught if "cuda" in str(warning.message).lower()]
     return available, "" if available or not reasons else reasons[0].partition(" (Triggered internally")[0][:300]

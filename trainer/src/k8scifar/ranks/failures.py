@@ -1,7 +1,7 @@
-"""What a torch failure means: a peer is lost, a person has to mend something, or this machine failed.
+"""Classify torch's failures: a lost peer, a mistake of the user, or a failure of this machine.
 
-torch says nearly all of it in the text of a RuntimeError. Texts are matched as their writers begin them, so that a
-model's error which merely contains "timeout" or "socket" is none of these.
+Most of them differ only in the text of a RuntimeError. The patterns match how gloo, the store and NCCL begin their
+messages, so that a model's error which merely contains "timeout" or "socket" does not match.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from k8scifar.errors import RankError, TrainingError
 
-# What stands in a text -> what to tell its reader. A restart mends none of these.
+# Pattern -> what to do. A restart mends none of these.
 MISTAKES = {
     r"duplicate gpu": "two ranks were given the same GPU: lower --nproc-per-node to the GPUs there are (in the chart "
-    "processesPerNode), or give each rank one of its own",
+    "processesPerNode), or give each rank its own",
     r"no gpus found|invalid device ordinal|no cuda-capable device|no nvidia gpu":
     "there is no GPU for this rank: set hardware.device=cpu, lower --nproc-per-node, or mend the driver",
     r"driver version is insufficient|driver on your system is too old|no nvidia driver":
@@ -32,7 +32,7 @@ MISTAKES = {
 }  # fmt: skip
 NCCL_MISTAKES = r"ncclinvalidusage|ncclinvalidargument|\binvalid usage\b"
 OUT_OF_MEMORY = r"out of memory|cudnn_status_alloc_failed|cublas_status_alloc_failed"
-# gloo's, the store's and NCCL's words for a peer that ended, fell silent or was cut off.
+# How gloo, the store and NCCL report a peer that ended, fell silent or was cut off.
 PEER = (
     r"^(\[\S*gloo\S*\] )?(connection (closed|reset|refused|timed out)|read error|write error|socket closed"
     r"|read timeout|write timeout|connect timeout|timed out (waiting|connecting|after)|wait timeout|socket timeout"
@@ -45,7 +45,7 @@ NCCL_PEER = (
     r"ncclremoteerror|remote process exited|connection (reset|closed|refused|timed out)|broken pipe|timed out|timeout"
     r"|aborted|peer may have|got completion from peer|(connect|recv|send)\S* (to|from) \S+ failed|socketprogress"
 )
-# A GPU, its memory or its driver gave up; another start may find it well.
+# A GPU, its memory or its driver failed; after a restart it may work.
 MACHINE = (
     r"uncorrectable|unspecified launch failure|launch timed out|busy or unavailable|fallen off|hardware stack error"
     r"|nvlink|initialization error|unknown error|system not yet initialized|mps"
@@ -53,7 +53,7 @@ MACHINE = (
 
 
 def failure(error: BaseException, size: int) -> RankError | TrainingError | None:
-    """A torch failure as what its reader should know; None for a lost peer (see `is_peer_failure`), and any other.
+    """Translate a torch failure; None for a lost peer (see `is_peer_failure`) and for any other error.
 
     Args:
         size: number of ranks.
@@ -68,20 +68,20 @@ def failure(error: BaseException, size: int) -> RankError | TrainingError | None
         return None
     for words, remedy in MISTAKES.items():
         if _found(words, text):
-            return RankError(f"{remedy} ({told(error)})")
+            return RankError(f"{remedy} ({brief(error)})")
     if isinstance(error, torch.cuda.OutOfMemoryError) or _found(OUT_OF_MEMORY, text):
         return RankError(
-            f"the GPU's memory is full: lower micro_batch and evaluation.batch, or end what uses it ({told(error)})"
+            f"the GPU's memory is full: lower micro_batch and evaluation.batch, or end what uses it ({brief(error)})"
         )
     if from_nccl and _found(NCCL_MISTAKES, text):
-        return RankError(f"NCCL was used in a way that it refuses: set NCCL_DEBUG=WARN to see why ({told(error)})")
+        return RankError(f"NCCL was used in a way that it refuses: set NCCL_DEBUG=WARN to see why ({brief(error)})")
     if from_nccl or _found(MACHINE, text):
-        return TrainingError(f"this machine's GPU or its network failed: {told(error)}")
+        return TrainingError(f"this machine's GPU or its network failed: {brief(error)}")
     return None
 
 
 def is_peer_failure(error: BaseException, size: int) -> bool:
-    """Whether a collective could not be finished because one of `size` ranks died, fell silent or was cut off."""
+    """Whether a collective failed because one of `size` ranks died, fell silent or was cut off."""
     if size == 1 or not isinstance(error, RuntimeError):
         return False
     text = str(error)
@@ -94,8 +94,8 @@ def is_peer_failure(error: BaseException, size: int) -> bool:
     return (isinstance(error, dist.DistError) or _is_nccl(text)) and _found(NCCL_PEER, text)
 
 
-def told(error: BaseException) -> str:
-    """A failure in a few words: NCCL's last error, which stands some lines down, else the first line."""
+def brief(error: BaseException) -> str:
+    """Return NCCL's last error, which follows some lines down, or else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     first = re.sub(r"^\[/?\S+:\d+\] ", "", lines[0]).partition(". This is typically")[0]
     if not _is_nccl(first):

@@ -1,8 +1,8 @@
-"""NCCL's settings: who notices a lost peer first, and what is kept of it.
+"""NCCL's time-outs and its flight recorder.
 
-The host-side agreements go over gloo, whose failure names the rank that is missing. NCCL's own watchdog ends the
-process without such a line, so its time-out is longer, and that of the monitor of this watchdog longer still. What the
-last collectives were is kept in a file of the run folder ("flight recorder").
+gloo, which the host-side agreements use, must detect a lost peer first: its failure identifies the missing rank, while
+NCCL's watchdog ends the process without doing so. So NCCL's time-out is longer, and that of the watchdog's monitor
+longer still. The flight recorder writes the last collectives to a file in the run folder.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from pathlib import Path
 import torch
 
 FOLDER = "nccl"  # of the run folder
-MARGIN = 30.0  # seconds, at least, between two of the time-outs
-MONITOR = 480.0  # seconds; torch's default, and the least here
-EVENTS = 2000  # collectives that the flight recorder remembers
-TEAR_DOWN = 3  # the watchdog ends the process: going on without a collective would train on garbage
+LEAST_MARGIN = 30.0  # seconds between two of the time-outs
+MONITOR = 480.0  # seconds: torch's default, and the minimum here
+EVENTS = 2000  # collectives that the flight recorder keeps
+TEAR_DOWN = 3  # the watchdog ends the process, because a step without its collective would train on garbage
 
 
 def margin(seconds: float) -> float:
-    """Seconds between gloo's time-out of so many seconds and NCCL's."""
-    return max(MARGIN, seconds / 2)
+    """Seconds between gloo's time-out of `seconds` and NCCL's."""
+    return max(LEAST_MARGIN, seconds / 2)
 
 
 def timeout(seconds: float) -> timedelta:
-    """NCCL's time-out where gloo's is so many seconds."""
+    """NCCL's time-out if gloo's is `seconds`."""
     return timedelta(seconds=seconds + margin(seconds))
 
 
-def settle_environment(
+def set_environment(
     seconds: float,
     run_dir: Path | None,
     environment: MutableMapping[str, str] = os.environ,
     version: str = torch.__version__,
 ) -> None:
-    """Set what torch reads when the process group is made; what the user has set stays.
+    """Set what torch reads when the process group is created; variables that the user has set stay.
 
     Args:
         seconds: gloo's time-out.
-        run_dir: where the recordings are kept, once it is known to be this run's (`make_folder`); None: torch's place.
+        run_dir: where the recordings go, once `make_folder` has made the folder; None: torch's default.
     """
     monitor = max(MONITOR, seconds + 2 * margin(seconds))
     wanted = {
@@ -60,9 +60,9 @@ def settle_environment(
 
 
 def make_folder(run_dir: Path, environment: Mapping[str, str] = os.environ) -> None:
-    """Make the folder of the recordings, if `settle_environment` has them kept in this run folder, which is ours."""
+    """Make the folder of the recordings, if `set_environment` has chosen this run folder, which this run owns."""
     if _recording(run_dir) in environment.values():
-        with contextlib.suppress(OSError):  # then there is no recording; whoever needs the folder will tell
+        with contextlib.suppress(OSError):  # without it there is no recording
             (run_dir / FOLDER).mkdir(exist_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Files from one rank to others, over the ranks' own connections: in pieces, checked, and resumed where it broke."""
+"""Send files from one rank to others over the ranks' connections: in pieces, verified, and resumable."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ except ImportError:  # Windows
     fcntl = None
 
 PIECE = 1 << 18  # bytes
-AHEAD = 16  # pieces under way to all who take them: little enough to pass a slow wire within the shortest time-out
-WORD = 8  # pieces from one word of all ranks to the next; gloo has two such words under way at a time
-TELL = 10.0  # seconds between two lines about one file
+AHEAD = 16  # pieces in flight to all receivers: few enough to pass a slow wire within the shortest time-out
+FLAGS_EVERY = 8  # pieces between two exchanges of flags; two such exchanges are in flight at a time
+LOG_EVERY = 10.0  # seconds between two log lines about one file
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a folder that is the same on all nodes."""
+    """A file that is to be equal on all nodes."""
 
     name: str  # its path in the folder
-    sha256: str  # whole
+    sha256: str
     bytes: int
 
     @classmethod
     def of(cls, folder: Path, name: str) -> File:
-        """The file that is there. Raises OSError."""
+        """Describe an existing file. Raises OSError."""
         content = files.read(folder / name)
         return cls(name, hashlib.sha256(content).hexdigest(), len(content))
 
     def is_in(self, folder: Path) -> bool:
-        """Whether it is in this folder, whole. Raises OSError where that can't be told."""
+        """Whether this folder has the complete file. Raises OSError if it can't be read."""
         path = folder / self.name
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if path.stat().st_size == self.bytes:
@@ -56,17 +56,18 @@ class File:
 
 
 def spread(offered: Sequence[File], folder: Path, wanted: Sequence[str], source: int, world: World) -> None:
-    """Bring files from the folder of rank `source` into the folders of those that want them, in this order; collective.
+    """Copy files from the folder of rank `source` to the folders of the ranks that want them, in order; collective.
 
-    A file has its name only once it is whole and its sha256 is right; what a broken transfer left goes on where it
-    ended. All ranks follow every piece, so that none waits long for another.
+    A file gets its name only after its sha256 is verified. A broken transfer resumes at the byte where it ended. All
+    ranks take part in every piece, so that none waits long for another.
 
     Args:
         offered: the same on all ranks.
-        wanted: names of those that this rank lacks.
+        wanted: names of the files that this rank lacks.
 
     Raises:
-        TrainingError: this rank's file could not be read or written; PeerLost on the others.
+        TrainingError: this rank's file could not be read or written.
+        PeerLost: on the other ranks then.
     """
     parts = {file.name: _Part(folder, file) for file in offered if file.name in wanted}
     try:
@@ -82,7 +83,7 @@ def spread(offered: Sequence[File], folder: Path, wanted: Sequence[str], source:
 
 
 def _send(file: File, path: Path, takers: dict[int, int], part: _Part | None, source: int, world: World) -> None:
-    """Send the rest of one file to each of `takers` (rank -> bytes that it has)."""
+    """Send the rest of one file to each of `takers` (rank -> bytes that it already has)."""
     flight = _Flight(part, world, max(1, AHEAD // len(takers)))
     while pending := {rank: offset for rank, offset in takers.items() if offset < file.bytes}:
         works: list[tuple[dist.Work, torch.Tensor]] = []
@@ -107,17 +108,17 @@ def _send(file: File, path: Path, takers: dict[int, int], part: _Part | None, so
 
 
 class _Flight:
-    """The pieces of a file that are under way, `ahead` at a time, so that none waits for another's round trip.
+    """The pieces of a file in flight, up to `ahead` at a time, so that none waits for another's round trip.
 
-    With every WORDth piece the ranks tell whether they have had a problem by then; once one has, all stop after the
-    same piece.
+    With every FLAGS_EVERYth piece the ranks exchange whether they have had a problem; if so, all stop after the same
+    piece.
     """
 
     def __init__(self, part: _Part | None, world: World, ahead: int) -> None:
         self._part, self._world, self._ahead = part, world, ahead
         self.pieces: deque[tuple[list[tuple[dist.Work, torch.Tensor]], agree.Agreement | None]] = deque()
         self._started = 0
-        self.problem = ""  # this rank's own
+        self.problem = ""  # of this rank
         self.failed = False  # the same on all ranks
 
     @property
@@ -125,68 +126,68 @@ class _Flight:
         return len(self.pieces) == self._ahead
 
     def start(self, works: list[tuple[dist.Work, torch.Tensor]]) -> None:
-        """Add a piece, of which `works` is this rank's part."""
-        word = None
-        if self._started % WORD == 0:
-            word = agree.Agreement(self._world, ("problem",))
-            word.begin(problem=bool(self.problem))
-        self.pieces.append((works, word))
+        """Add a piece; `works` are this rank's sends and receives of it."""
+        agreement = None
+        if self._started % FLAGS_EVERY == 0:
+            agreement = agree.Agreement(self._world, ("problem",))
+            agreement.begin(problem=bool(self.problem))
+        self.pieces.append((works, agreement))
         self._started += 1
 
     def land(self) -> None:
-        """Wait for the oldest piece, and keep it where it was asked for."""
-        works, word = self.pieces.popleft()
-        self._world.pulse.arrive()
+        """Wait for the oldest piece, and write it if this rank receives the file."""
+        works, agreement = self.pieces.popleft()
+        self._world.heartbeats.arrive()
         for work, piece in works:
             work.wait()
             if self._part and not self.problem:
                 self.problem = self._part.add(piece)
-        if word and word.end():
+        if agreement and agreement.end():
             self.failed = True
         liveness.touch()
 
 
 def _agree(problem: str, file: File, world: World) -> None:
-    """Raise on all ranks where one has a problem. Raises TrainingError there, PeerLost elsewhere."""
+    """If a rank has a problem, raise TrainingError there and PeerLost on the others; collective."""
     odd = agree.gather(torch.tensor([bool(problem)]), world)[:, 0].nonzero()
     if problem:
         raise TrainingError(problem)
     if len(odd):
-        raise PeerLost(f"rank {odd[0].item()} could not read or write {file.name}, which one node gives another")
+        raise PeerLost(f"rank {odd[0].item()} could not read or write {file.name}, which one node sends to another")
 
 
 def _read(path: Path, offset: int, length: int) -> tuple[torch.Tensor, str]:
-    """A piece of a file, and "", or as many zeros, and why it can't be read."""
+    """Return a piece of a file and "", or zeros and the reason why it can't be read."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)
             content = files.patiently(lambda: file.read(length))
         if len(content) == length:
             return torch.frombuffer(bytearray(content), dtype=torch.uint8), ""
-        why = "it is shorter than it was"
+        why = "it has become shorter"
     except OSError as error:
         why = str(error.strerror)
     return torch.zeros(length, dtype=torch.uint8), f"{path} can't be read: {why}"
 
 
 class _Part:
-    """A file that is being received: its beginning lies beside its place, under another name."""
+    """A file that is being received, in the same folder under another name."""
 
     def __init__(self, folder: Path, file: File) -> None:
         self._file, self._path = file, folder / file.name
         self._beside = self._path.with_name(f".{self._path.name}.part")
         self._open: BinaryIO | None = None
-        self._told = time.monotonic()
+        self._logged = time.monotonic()
 
     def open(self) -> int:
-        """How many bytes of it are here already. Raises UserError, or TrainingError where the disk is full."""
+        """Open the file; return the bytes already received. Raises UserError, or TrainingError if the disk is full."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._open = open(self._beside, "a+b")  # noqa: SIM115 (held open on purpose)
             if fcntl is not None:
                 fcntl.flock(self._open, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TrainingError(f"another process receives {self._path} too; this one waits for it") from None
+            raise TrainingError(f"another process is receiving {self._path}; this one waits for it") from None
         except OSError as error:
             kind = TrainingError if error.errno in files.FULL | files.TRANSIENT else UserError
             raise kind(files.unwritten(self._path, error)) from None
@@ -194,24 +195,24 @@ class _Part:
         if size > self._file.bytes:
             size = self._open.truncate(0)
         if size:
-            say(f"{self._path.name}: {_mb(size)} of {_mb(self._file.bytes)} are here already; going on")
+            say(f"{self._path.name}: {_mb(size)} of {_mb(self._file.bytes)} are already here; resuming")
         return size
 
     def add(self, piece: torch.Tensor) -> str:
-        """Append what came; returns why it could not be written, "" if it was."""
+        """Append a piece; return the reason why it could not be written, or ""."""
         assert self._open
         try:
             self._open.write(piece.numpy())
             self._open.flush()
         except OSError as error:
             return files.unwritten(self._path, error)
-        if time.monotonic() - self._told > TELL:
-            self._told = time.monotonic()
-            say(f"{self._path.name}: {_mb(self._open.tell())} of {_mb(self._file.bytes)} have come")
+        if time.monotonic() - self._logged > LOG_EVERY:
+            self._logged = time.monotonic()
+            say(f"{self._path.name}: {_mb(self._open.tell())} of {_mb(self._file.bytes)} received")
         return ""
 
     def finish(self) -> None:
-        """Check the whole file and give it its name. Raises TrainingError."""
+        """Verify the complete file and give it its name. Raises TrainingError."""
         assert self._open
         try:
             os.fsync(self._open.fileno())
@@ -219,14 +220,14 @@ class _Part:
             digest = hashlib.sha256(files.patiently(self._open.read)).hexdigest()
             if digest != self._file.sha256:
                 self._beside.unlink(missing_ok=True)
-                raise TrainingError(f"{self._path} did not come as it was announced (its sha256); it is sent once more")
+                raise TrainingError(f"{self._path} has another sha256 than was announced; it will be sent again")
             os.replace(self._beside, self._path)
             files.sync_folder(self._path.parent)
         except OSError as error:
             raise TrainingError(files.unwritten(self._path, error)) from None
 
     def close(self) -> None:
-        """Leave what came for the next attempt."""
+        """Close the file; what was received stays for the next attempt."""
         if self._open:
             with contextlib.suppress(OSError):
                 self._open.close()

@@ -1,7 +1,7 @@
-"""The world of ranks: how this process joins it, and what it is in it.
+"""Join the process group of all ranks.
 
-torchrun's environment says who is who; without it a process is a world of one. Collectives are NCCL on GPUs and gloo
-on CPUs; small host-side agreements always go over gloo, so that they never wait for a GPU.
+torchrun's environment holds rank and world size; without it a process is the only rank. Collectives use NCCL on GPUs
+and gloo on CPUs. Small host-side agreements always use gloo, so that they never wait for a GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from k8scifar.config.schema import Config, check_world_size
 from k8scifar.errors import PeerLost, UserError
 from k8scifar.ranks import device as devices
 from k8scifar.ranks import failures, nccl
-from k8scifar.ranks.heartbeats import Pulse
+from k8scifar.ranks.heartbeats import Heartbeats
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process and its place among the ranks."""
 
     rank: int
     size: int
@@ -36,20 +36,20 @@ class World:
     local_size: int
     device: torch.device
     backend: str
-    host_group: Any  # gloo group for host-side agreements; None: the default group is gloo
-    pulse: Pulse
+    host_group: Any  # gloo group for host-side agreements; None if the default group is gloo
+    heartbeats: Heartbeats
     timeout: float  # seconds that a collective waits for a silent rank
     node: int = 0
-    own_folders: bool = False  # whether each node has a data folder and a runs folder of its own
+    own_folders: bool = False  # whether each node has separate data and runs folders
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which shows what happens, and where folders are shared alone writes."""
+        """Whether this is rank 0, which logs and, if folders are shared, is the only rank that writes."""
         return self.rank == 0
 
     @property
     def keeps(self) -> bool:
-        """Whether this rank writes a run folder: rank 0, and the first of each node that has folders of its own."""
+        """Whether this rank writes a run folder: rank 0 and, if nodes have separate folders, the first of each node."""
         return keeps(self, self.rank)
 
 
@@ -57,14 +57,19 @@ class World:
 def join(config: Config, run_dir: Path | None = None) -> Iterator[World]:
     """Join the process group that torchrun's environment describes; leave it at the end.
 
-    `run_dir`: of the run that trains, for NCCL's recordings; nothing is written there yet.
+    A failed collective inside raises PeerLost with the rank that it waited for, if that can be found out.
 
-    Raises UserError where the environment makes no sense, TrainingError where peers do not come in time, and in place
-    of any failure of a collective, naming the rank that it waited for as far as can be told.
+    Args:
+        run_dir: of the run that trains, for NCCL's recordings; nothing is written there yet.
+
+    Raises:
+        UserError: the environment is incomplete or wrong.
+        PeerLost: a peer did not join in time, ended or fell silent.
+        TrainingError: this machine's GPU or network failed.
     """
     rank, size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
-    device = devices.choose(config, local_rank)
+    device = devices.choose_device(config, local_rank)
     devices.prepare(config, device)
     torch.set_num_threads(config.hardware.threads or max(1, machine.usable_cpus() // local_size))
     if config.distributed.interface:
@@ -76,24 +81,25 @@ def join(config: Config, run_dir: Path | None = None) -> Iterator[World]:
     timeout, on_gpu = timedelta(seconds=seconds), {}
     if backend == "nccl":
         if size > 1:
-            nccl.settle_environment(seconds, run_dir)
+            nccl.set_environment(seconds, run_dir)
         on_gpu = {"timeout": nccl.timeout(seconds), "device_id": device}
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
     try:
         dist.init_process_group(backend, **({"timeout": timeout} | on_gpu | alone))
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise failures.failure(error, size) or PeerLost(
-            f"rank {rank} of {size} could not join its peers: {failures.told(error)}"
+            f"rank {rank} of {size} could not join its peers: {failures.brief(error)}"
         ) from None
-    pulse = Pulse(rank, size)
+    heartbeats = Heartbeats(rank, size)
     try:
         group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
         here = {"node": node_of_this_rank(), "own_folders": config.distributed.storage == "local"}
-        yield World(rank, size, local_rank, local_size, device, backend, group, pulse, timeout.total_seconds(), **here)
+        world = World(rank, size, local_rank, local_size, device, backend, group, heartbeats, seconds, **here)
+        yield world
     except RuntimeError as error:
-        # The process group is left as it is: taking it down would wait for the peer that is lost.
+        # Destroying the process group would wait for the lost peer.
         if failures.is_peer_failure(error, size):
-            raise PeerLost(f"rank {rank} gave up: {pulse.blame(error)}") from None
+            raise PeerLost(f"rank {rank} gave up: {heartbeats.blame(error)}") from None
         if known := failures.failure(error, size):
             raise known from None
         raise
@@ -103,25 +109,26 @@ def join(config: Config, run_dir: Path | None = None) -> Iterator[World]:
     else:
         _part()
     finally:
-        pulse.stop()
+        heartbeats.stop()
 
 
 def keeps(world: World, rank: int) -> bool:
-    """Whether this rank writes a run folder; torchrun numbers the ranks machine by machine, as many on each."""
+    """Whether this rank writes a run folder; torchrun numbers the ranks machine by machine, equally many on each."""
     return rank == 0 or (world.own_folders and rank % world.local_size == 0)
 
 
 def _part() -> None:
-    """Leave the process group. Its destructor holds the GIL and waits for a gloo thread that may want it."""
-    time.sleep(0.1)  # so the threads of gloo get it first, to let go of their last collective's tensors
+    """Leave the process group."""
+    # Its destructor holds the GIL while it waits for gloo's threads, which need the GIL to free their last tensors.
+    time.sleep(0.1)
     dist.destroy_process_group()
 
 
-def settle(world: World) -> None:
-    """Wait for the GPU, before a value is read from it; on a CPU nothing.
+def wait_for_gpu(world: World) -> None:
+    """Wait until the GPU is idle, before a value is read from it; return at once on a CPU.
 
-    A collective that a lost peer keeps from ending would hold the reader for good, beyond the time-out of its own
-    agreements. Raises RuntimeError after the world's time-out.
+    Without this time-out, a reader would wait forever for a collective that a lost peer does not finish.
+    Raises RuntimeError after the world's time-out.
     """
     if world.device.type != "cuda" or world.size == 1:
         return
@@ -134,13 +141,13 @@ def settle(world: World) -> None:
 
 
 def read(scalar: torch.Tensor, world: World) -> float:
-    """A scalar's value; raises RuntimeError as `settle` does."""
-    settle(world)
+    """Return a scalar's value; raises RuntimeError after the world's time-out."""
+    wait_for_gpu(world)
     return scalar.item()
 
 
 def check_size(config: Config) -> None:
-    """Raise UserError unless there are as many ranks as the configuration says, and they can share a global batch."""
+    """Raise UserError unless the number of ranks is the configured one and they can share a global batch."""
     size, wanted = _integer("WORLD_SIZE", 1), config.distributed.world_size
     if wanted and wanted != size:
         raise UserError(
@@ -154,7 +161,7 @@ def check_size(config: Config) -> None:
 
 
 def node_of_this_rank() -> int:
-    """Which node this process is on, from 0, as torchrun says. Raises UserError."""
+    """The number of this process's node, from 0, from torchrun's environment. Raises UserError."""
     return _integer("GROUP_RANK", 0)
 
 

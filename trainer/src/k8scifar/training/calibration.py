@@ -10,7 +10,7 @@ import torch
 
 from k8scifar.config.schema import Config
 from k8scifar.data.augment import Images
-from k8scifar.exchange import auto, shares
+from k8scifar.exchange import auto, cost_model, shares, trials
 from k8scifar.ranks.world import World
 from k8scifar.training import model
 from k8scifar.training.plan import Plan
@@ -42,19 +42,19 @@ def settle(
     def following(together: int) -> contextlib.AbstractContextManager[None]:
         return state.statistics.following(0, together, together)
 
-    trial = auto.Trial(state.ddp, state.optimizer, batch, state.passes, following, precision, world, config)
-    speeds = functools.cache(lambda: auto.alone(trial, pixels))
+    trial = trials.Trial(state.ddp, state.optimizer, batch, state.passes, following, precision, world, config)
+    speeds = functools.cache(lambda: trials.measure_speeds(trial, pixels))
 
-    def wire() -> auto.Times:
+    def wire() -> cost_model.Times:
         counts = before.counts if before else shares.equal(config.micro_batches, world.size)
         if config.distributed.share == "auto" and not before:
-            counts = shares.better(counts, speeds())
-        return auto.measure(trial, speeds(), counts)
+            counts = cost_model.better(counts, speeds())
+        return trials.measure_modes(trial, speeds(), counts)
 
-    chosen, why = auto.choose(config, world, kept.get("comm"), model.parameters(state.net), wire)
+    chosen, why = auto.choose_mode(config, world, kept.get("comm"), model.parameters(state.net), wire)
     # The trials leave hooks behind, in whose place those of the mode are put.
-    timed = functools.partial(auto.timed, trial, chosen.mode)
-    divided, why_so = shares.choose(config, world, before, chosen.mode, speeds, timed)
+    measure_step = functools.partial(trials.measure_step, trial, chosen.mode)
+    divided, why_so = shares.choose_shares(config, world, before, chosen.mode, speeds, measure_step)
     state.communicate(chosen.mode, chosen.every)
     state.take_shares(divided)
     return why, why_so
@@ -69,8 +69,8 @@ def follow(config: Config, world: World, state: State, seconds: list[float]) -> 
     if old.speeds is None or not shares.follows(config, world, state.exchange.name):
         return ""
     now = old.speeds.now(seconds)
-    counts = shares.better(old.counts, now)
+    counts = cost_model.better(old.counts, now)
     if counts == old.counts:
         return ""
     state.take_shares(shares.Shares(counts, now))
-    return f"shares: {state.shares} from step {state.step} on; {shares.slow(now, world)}"
+    return f"from step {state.step} on, {shares.sentence(state.shares, world)}"

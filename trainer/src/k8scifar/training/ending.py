@@ -28,7 +28,7 @@ def end(session: Session) -> dict[str, Any]:
     A full disk gets some time, unless another node could write it all. Raises TrainingError where none can.
     """
     world = session.world
-    last = time.monotonic() + 0.8 * agree.PATIENCE * world.timeout
+    last = time.monotonic() + 0.8 * agree.LONGEST * world.timeout
     while True:
         # Nobody leaves before the mark of the finished run is there.
         kept = agree.each(world, (lambda: _write(session)) if world.keeps else None)

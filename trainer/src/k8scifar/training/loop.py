@@ -77,7 +77,7 @@ def train(session: Session, stop: threading.Event) -> None:
     def computed(_: torch.Tensor) -> None:
         if is_last:
             clock.mark("communication")
-            world.pulse.arrive()
+            world.heartbeats.arrive()
 
     hook = first_layer.register_post_accumulate_grad_hook(computed)
     mine, mine_epoch = None, -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from k8scifar.ranks.world import World, settle
+from k8scifar.ranks.world import World, wait_for_gpu
 
 LEAST = 2.0**-10  # of the scale: gradients that overflow below it are no matter of fp16
 
@@ -25,7 +25,7 @@ def step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, world: 
     if not scaler.is_enabled():
         optimizer.step()
         return None
-    settle(world)
+    wait_for_gpu(world)
     before = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()

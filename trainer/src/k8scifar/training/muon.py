@@ -25,8 +25,8 @@ BFLOAT16_SPAN = 3
 class Muon(torch.optim.SGD):
     """SGD, and Muon in the groups that have `muon` set; updates are rounded to bfloat16.
 
-    `share` divides the directions among the ranks. Each then comes from one rank alone, which alone has its momentum,
-    so the replicas stay bit-identical on unlike processors, too.
+    `compute_directions_by` divides the directions among the ranks. Only one rank then computes each of them and holds
+    its momentum, so the replicas stay bit-identical on unlike processors, too.
 
     Args:
         iterations: of the polynomial.
@@ -45,12 +45,14 @@ class Muon(torch.optim.SGD):
         self._iterations, self.products = iterations, products
         plain = {"momentum": 0.0, "nesterov": False}  # SGD's part in a group of Muon
         super().__init__([group | plain if group.get("muon") else group for group in groups], **settings)
-        self._direct: Callable[[], None] | None = None
+        self._compute_directions: Callable[[], None] | None = None
 
-    def share(self, direct: Callable[[], None] | None) -> None:
-        """From now on a step calls `direct` for the directions: it is to leave each, as `direction` gives it on one of
-        the ranks, in the gradient of each parameter of `hidden`. None: this process computes all of them."""
-        self._direct = direct
+    def compute_directions_by(self, compute: Callable[[], None] | None) -> None:
+        """Have a step call `compute`, which replaces the gradient of each parameter of `hidden` by its direction.
+
+        Each direction is `direction`'s result on one of the ranks. None: this process computes all of them.
+        """
+        self._compute_directions = compute
 
     @property
     def hidden(self) -> list[nn.Parameter]:
@@ -91,8 +93,8 @@ class Muon(torch.optim.SGD):
         for parameter in self.hidden:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        if self._direct:
-            self._direct()
+        if self._compute_directions:
+            self._compute_directions()
         else:
             for parameter in self.hidden:
                 direction = self.direction(parameter).bfloat16()

@@ -17,7 +17,7 @@ from k8scifar.data.augment import Images
 from k8scifar.errors import TrainingError, UserError
 from k8scifar.ranks import agree
 from k8scifar.ranks.device import resolve_precision
-from k8scifar.ranks.world import World, settle
+from k8scifar.ranks.world import World, wait_for_gpu
 from k8scifar.results import evaluated, participants
 from k8scifar.results.display import Display
 from k8scifar.results.outcome import Outcome
@@ -104,7 +104,7 @@ class Session:
         """
         begun, state = time.monotonic(), self.state
         self.clock.mark("saving")
-        settle(self.world)
+        wait_for_gpu(self.world)
         behind = not must and (not self._writer or self._writer.behind)  # it is left out where no node can take it
         written = self._writer.written if self._writer else (0, 0)
         flags = torch.tensor([behind, *written, self._seconds], dtype=torch.float64)
@@ -199,7 +199,7 @@ class Session:
         self.clock.mark("end of the epoch")
         sums = state.sums.clone()
         dist.all_reduce(sums)
-        settle(self.world)
+        wait_for_gpu(self.world)
         self.check_finite(sums, step)
         self._equalise(agree.gather(state.digest(), self.world).flatten())
         agree.average(state.statistics.running(), self.world, weight=state.shares.weight(self.world.rank))

@@ -15,9 +15,8 @@ from k8scifar.config.schema import COMM, FIXED, Config, flatten
 from k8scifar.data.augment import Images
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import UserError
-from k8scifar.exchange.gradients import AllReduce
-from k8scifar.exchange.local_sgd import LocalSGD
-from k8scifar.exchange.modes import KINDS
+from k8scifar.exchange import carried, modes
+from k8scifar.exchange.interface import Exchange
 from k8scifar.exchange.shares import Shares, equal
 from k8scifar.ranks.agree import gather, gather_json, unflatten
 from k8scifar.ranks.world import World
@@ -40,7 +39,7 @@ class State:
     scaler: torch.amp.GradScaler  # does nothing but in fp16
     statistics: norms.Statistics  # each rank's own running statistics
     sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
-    exchange: AllReduce | None  # how the ranks combine what they learnt, once it is chosen
+    exchange: Exchange | None  # how the ranks combine what they learned, once it is chosen
     shares: Shares  # who computes how much of a step
     first_bad: torch.Tensor  # int64 []: the step of this rank's first loss that was not finite, 0: none
     step: int = 0
@@ -91,13 +90,7 @@ class State:
 
         `every`: steps between two averagings of local SGD.
         """
-        parts = self.config, self.world, self.ddp, self.optimizer
-        if self.world.size == 1:
-            self.exchange = AllReduce(*parts)
-        elif mode == LocalSGD.name:
-            self.exchange = LocalSGD(*parts, every=every)
-        else:
-            self.exchange = KINDS[mode](*parts)
+        self.exchange = modes.build(mode, every, self.world, self.ddp, self.optimizer)
         self.exchange.at_once = self.scaler.is_enabled()  # which looks for an overflow in all gradients
 
     def take_shares(self, shares: Shares) -> None:
@@ -159,7 +152,7 @@ class State:
         """Give all ranks what rank 0 holds of `shared`; collective."""
         tensors = self.shared()
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        self.world.pulse.arrive()
+        self.world.heartbeats.arrive()
         dist.broadcast(flat, 0)
         unflatten(flat, tensors)
 
@@ -169,13 +162,13 @@ class State:
         These are rank 0's, and the same to the last bit on every node. `pixels` is the resolution last trained at.
         """
         local = gather(self.local(), self.world)
-        communication = self.exchange.snapshot()
+        communication = carried.snapshot(self.exchange, self.world)
         config = self.config.model_dump(mode="json")
         if self.world.own_folders:
             config = gather_json(config, self.world)[0]  # folders and logs may differ from host to host
         if not self.world.keeps:
             return {}
-        with self.exchange.as_rank_0(communication["own"]):
+        with carried.as_rank_0(self.exchange, communication["own"], self.world):
             return self._payload(pixels, config, local, communication)
 
     def _payload(
@@ -215,8 +208,8 @@ class State:
         if self.scaler.is_enabled() and payload.get("scaler"):
             self.scaler.load_state_dict(payload["scaler"])
         merged, saved = "", payload.get("comm") or {}
-        if not self.exchange.restore(saved) and saved:
-            merged = KINDS[saved["mode"]].merge(saved, self.ddp, self.optimizer)
+        if not carried.restore(self.exchange, saved, self.world) and saved:
+            merged = modes.merge(saved, self.ddp, self.optimizer)
             self.exchange.begin()
         self.step, self.history = payload["step"], [with_todays_names(record) for record in payload["history"]]
         self.seconds = payload.get("seconds", self.history[-1]["seconds"] if self.history else 0.0)  # not in 0.1.0
@@ -277,7 +270,7 @@ def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest)
             "version has no more; give the run another --name, or train it to its end with version 0.1"
         )
     if used := payload.get("comm"):
-        if used["mode"] not in KINDS:
+        if used["mode"] not in modes.MODES:
             raise UserError(
                 f"the checkpoint of step {payload['step']} is of a run that communicates by {used['mode']}, which this "
                 "version has no more; give the run another --name, or train it to its end with version 0.1"
