@@ -131,9 +131,10 @@ def start(
             if code:
                 raise RuntimeError(f"exit code {code} in mode {mode}:\n{log.read_text()[-3000:]}")
         told = running[0][1].read_text().splitlines()
+        patterns = {"communication": "communication: (.*)", "shares": "((?:node|rank|each of) .*computes .*)"}
         said = {
-            word: next((line.partition(f"{word}: ")[2] for line in told if f"{word}: " in line), "")
-            for word in ("communication", "shares")
+            topic: next((line[1] for line in (re.search(pattern, line) for line in told) if line), "")
+            for topic, pattern in patterns.items()
         }
         found = [json.loads(out.read_text()) for out in outs if out.exists()]
         return (
