@@ -25,7 +25,7 @@ from value_types import TRAINER_RULES
 
 CHART = Path(__file__).resolve().parents[1]
 # Keys of the trainer that the chart sets itself.
-TAKEN = ("data.source", "data.dir", "runs_dir", "distributed.world_size", "distributed.storage")
+TAKEN = ("data.dir", "runs_dir", "distributed.world_size", "distributed.storage")
 # Keys of a recipe that the templates check against the number of ranks.
 NEEDED = ("epochs", "global_batch", "micro_batch")
 # Kubernetes' own maps, which the table shows whole.

@@ -117,6 +117,9 @@ def test_an_attempt_for_which_nobody_was_called_changes_nothing(group, tmp_path)
         (["--min-nodes=1", "--elastic-wait=0"], "--elastic-wait 0 must be above 0 seconds"),
         (["--min-nodes=1", "--elastic-grow=-1"], "--elastic-grow -1 must be above 0 seconds"),
         (["--min-nodes=1", "--restart=never"], "leave out one of them"),
+        (["--elastic-wait=10"], "--elastic-wait needs --min-nodes"),
+        (["--elastic-grow=10"], "--elastic-grow needs --min-nodes"),
+        (["--set", "distributed.world_size=3"], "distributed.world_size is 3, but --nnodes 2 with --nproc-per-node 1"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, words, capsys):

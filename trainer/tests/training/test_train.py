@@ -220,6 +220,10 @@ def test_evaluate_and_predict_for_people_and_programs(finished, tiny_data, tmp_p
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     assert "rings-1.5" in done.stdout
+    assert "with flip TTA" in done.stdout
+    plain = cli("evaluate", str(finished), "--data-dir", str(tiny_data), "--set", "evaluation.tta=false")
+    assert plain.returncode == 0, plain.stderr
+    assert "test accuracy" in plain.stdout and "TTA" not in plain.stdout
     Image.fromarray(split(10, seed=5).images[0]).resize((77, 51)).save(tmp_path / "any.png")
     done = cli("predict", str(finished), str(tmp_path / "any.png"), "--json")
     assert done.returncode == 0, done.stderr

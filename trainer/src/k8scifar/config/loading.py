@@ -9,7 +9,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from k8scifar.config.schema import DEFAULT_RECIPE, Config
+from k8scifar.config.schema import DEFAULT_RECIPE, Config, flatten
 from k8scifar.errors import UserError
 
 # Keys that former versions had, with the value under which they did nothing: a config.yaml of theirs still loads.
-REMOVED: dict[tuple[str, ...], Any] = {("ema",): {"decay": 0.0}, ("distributed", "powersgd_rank"): 4}
+REMOVED: dict[tuple[str, ...], Any] = {
+    ("ema",): {"decay": 0.0}, ("distributed", "powersgd_rank"): 4, ("data", "source"): "auto",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
@@ -52,6 +54,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def run_config(args: argparse.Namespace) -> int:
     """`k8scifar config`."""
     if args.schema:
+        given = (args.recipe, args.config, args.data_dir, args.runs_dir, args.name, *args.sets)
+        if any(value is not None for value in given):
+            raise UserError("--schema is the same for all values; leave the other options out")
         json.dump(Config.model_json_schema(), sys.stdout, indent=2)
         print()
     else:
@@ -91,6 +96,13 @@ def load(path: str | Path | None = None, sets: Iterable[str] = (), recipe_name: 
         user = merge(user, _parse_set(item))
     chosen = recipe_name or user.get("recipe") or DEFAULT_RECIPE
     return validate(merge(merge(recipe(str(chosen)), user), {"recipe": str(chosen)}))
+
+
+def check_read(sets: Iterable[str], read: Collection[str], command: str) -> None:
+    """Raise UserError where one of `sets` ("key=value") sets a key that this command does not read."""
+    for key in (key for item in sets for key in flatten(_parse_set(item))):
+        if key not in read:
+            raise UserError(f"`k8scifar {command}` does not read {key}; leave it out: it reads {', '.join(read)}")
 
 
 def validate(values: Mapping[str, Any]) -> Config:

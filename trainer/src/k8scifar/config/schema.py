@@ -49,7 +49,7 @@ FIXED = ("seed", "global_batch", "last_batch", "model", "data", "optimizer.name"
 # Keys that may differ from host to host: places, log, what the hardware at hand allows.
 OWN = {
     "recipe": True, "name": True, "runs_dir": True, "log": True,
-    "data": {"source", "dir"}, "distributed": {"interface"}, "hardware": {"device", "threads"},
+    "data": {"dir"}, "distributed": {"interface"}, "hardware": {"device", "threads"},
 }  # fmt: skip
 
 # In JSON's schema; here a sentence says what is wrong. No name begins with a dot: "." and ".." are other folders.

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from k8scifar.urls import is_address, local, public
-
-# In JSON's schema; here a sentence says what is wrong.
-SOURCE = r"^(auto|cifar10(:.+)?|synthetic(:[0-9]+:[0-9]+)?|imagefolder:.+)$"
+from k8scifar.urls import local
 
 Folder = Annotated[str, AfterValidator(lambda path: str(local(path)))]  # ~ is the home folder
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -46,9 +42,10 @@ class Optimizer(Section):
     lr: float = Field(0.2, gt=0.0, le=100.0)
     """Peak learning rate of SGD."""
     muon_lr: float = Field(0.1, gt=0.0, le=10.0)
-    """Peak learning rate of Muon, of weights whose norm is the square root of their output channels."""
+    """Peak learning rate of Muon (`name` muon only), of weights whose norm is the square root of their output
+    channels."""
     muon_iterations: int = Field(5, ge=1, le=10)
-    """Iterations that make a step of Muon orthogonal: more is closer, and dearer."""
+    """Iterations that make a step of Muon orthogonal (`name` muon only): more is closer, and dearer."""
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
     """Momentum."""
     nesterov: bool = True
@@ -56,7 +53,7 @@ class Optimizer(Section):
     norm_bias_lr: float = Field(1.0, ge=0.0, le=1000.0)
     """Learning rate of the batch normalisations' biases, as a multiple of SGD's."""
     weight_decay: float = Field(5e-4, ge=0.0, le=1.0)
-    """L2 weight decay, added to the gradient."""
+    """L2 weight decay, added to the gradient. The convolutions that Muon steps keep a fixed norm and do not decay."""
     decay: Literal["all", "matrices"] = "all"
     """What decays: `all` parameters, or only `matrices` (convolutions and the classifier; no norms, no biases)."""
 
@@ -67,7 +64,8 @@ class Schedule(Section):
     warmup: float = Field(0.2, ge=0.0, lt=1.0)
     """Fraction of all steps at which the learning rate peaks."""
     start: Fraction = 0.2
-    """Learning rate of the first step, as a fraction of the peak."""
+    """Learning rate of the first step, as a fraction of the peak. Not read with `warmup` 0: the first step is the
+    peak."""
     end: Fraction = 0.0
     """Learning rate after the last step, as a fraction of the peak."""
 
@@ -83,25 +81,11 @@ class Augment(Section):
 
 
 class Data(Section):
-    source: str = Field("auto", json_schema_extra={"pattern": SOURCE})
-    """`auto`, `cifar10`, `cifar10:PATH` (its batches, downloaded already), `synthetic` or `imagefolder:PATH` (a folder,
-    or a .tar, .tar.gz, .tar.bz2, .tar.xz or .zip of one); a PATH may be an address."""
     dir: Folder = "data"
     """Folder of the packed data set."""
     holdout: int = Field(0, ge=0)
     """Training images that are held out, to evaluate on in place of the test images, which are not read: for choosing
     settings. Of every class as many, always the same ones. 0: none; the evaluation is that of the test images."""
-
-    @field_validator("source")
-    @classmethod
-    def _without_credentials(cls, source: str) -> str:
-        """config.yaml, the checkpoints and the report show it."""
-        if not re.fullmatch(SOURCE, source):
-            raise ValueError(
-                f"data.source = {source!r} is unknown; use auto, cifar10, cifar10:PATH, synthetic or imagefolder:PATH"
-            )
-        kind, _, address = source.partition(":")
-        return f"{kind}:{public(address)}" if is_address(address) else source
 
 
 class Evaluation(Section):
@@ -110,7 +94,8 @@ class Evaluation(Section):
     batch: int = Field(500, ge=1, le=10000)
     """Test images a forward pass."""
     interim_images: int = Field(0, ge=0)
-    """Test images used before the end of training (evenly spaced); 0: all. The last evaluation uses all."""
+    """Test images of each evaluation before the last (evenly spaced); 0: all. The last one uses all. Not read with
+    `every_epochs` 0."""
     tta: Literal[True, False, "shifts"] = True
     """Report test-time augmentation at the last evaluation too: the mean over an image and its mirror image; `shifts`:
     besides, that over both of them shifted by a pixel, six views in all."""
@@ -124,7 +109,8 @@ class Checkpoint(Section):
     every_seconds: float = Field(60.0, ge=0.0)
     """Also write one when the last is this many seconds old; 0: never."""
     keep: int = Field(2, ge=1, le=1000)
-    """How many of the newest checkpoints to keep; the best one is kept besides."""
+    """How many of the newest checkpoints to keep; the best one that has a checkpoint is kept
+    besides."""
     adopt: bool = False
     """Go on in a run folder that another release of the chart made, as its owner from then on."""
     accept_changes: bool = False
@@ -141,14 +127,15 @@ class Distributed(Section):
     timeout_seconds: float = Field(60.0, ge=5.0, le=86400.0)
     """How long a rank waits for a peer that is silent before it gives up."""
     comm: Literal["auto", "allreduce", "bf16", "int8", "local-sgd"] = "auto"
-    """How gradients are combined: `allreduce` as they are (float32), rounded to `bf16` (half the bytes) or to `int8`
-    with error feedback (a quarter), `local-sgd` not at all, but the weights now and then. `auto` times the wire and a
-    step when the ranks meet, and takes the most exact one that keeps the wire from being the limit."""
+    """How several ranks' gradients are combined: `allreduce` as they are (float32), rounded to `bf16` (half the bytes)
+    or to `int8` with error feedback (a quarter), `local-sgd` not at all, but the weights now and then. `auto` times the
+    wire and a step when the ranks meet, and takes the most exact one that keeps the wire from being the limit."""
     share: Literal["auto", "equal"] = "auto"
     """Who computes how much of a global batch: `equal`, as equal as whole micro-batches can be, or `auto`: on several
     machines by speed, measured when the ranks meet and followed from epoch to epoch. Local SGD takes equal shares."""
     local_sgd_steps: int = Field(8, ge=1, le=10000)
-    """Steps between two averagings of local SGD; `auto` takes from half as many up to as many, as the wire asks."""
+    """Steps between two averagings of local SGD; `auto` takes from half as many up to as many, as the wire asks. The
+    other modes do not read it."""
     storage: Literal["shared", "local"] = "shared"
     """`shared`: all machines see one data folder and one runs folder; `local`: each machine has its own: node 0 gives
     the others the data set, and the first rank of each node keeps the checkpoints."""
@@ -167,7 +154,7 @@ class Hardware(Section):
     products: bool = True
     """On a CPU, compute small micro-batches in one pass, and on an x86 one convolutions of few pixels as one matrix
     product over the batch, in float32 also with fewer multiplications: up to twice as fast a step. `false`: torch's own
-    forms, which round otherwise in the last digits."""
+    forms, which round otherwise in the last digits; `compile` takes those, too."""
     deterministic: bool = False
     """On GPUs, use only algorithms that give the same bits each time, which costs speed; CPUs always do."""
 
@@ -176,6 +163,7 @@ class Log(Section):
     every_seconds: float = Field(5.0, gt=0.0, le=3600.0)
     """Seconds between two progress lines where there is no terminal."""
     every_steps: int = Field(10, ge=1)
-    """Steps between two points of the step curves on TensorBoard."""
+    """Steps between two points of the step curves on TensorBoard; on GPUs also between two looks at whether the loss is
+    finite."""
     tensorboard: bool = True
     """Write TensorBoard events."""

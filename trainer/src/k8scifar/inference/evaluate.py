@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from k8scifar.config.loading import load
+from k8scifar.config import loading
 from k8scifar.data.augment import Images
 from k8scifar.data.packed import Manifest, read
 from k8scifar.data.prepare import require
@@ -23,6 +23,12 @@ from k8scifar.results.summary import augmented, beside
 from k8scifar.training.evaluation import SHIFT, evaluate
 from k8scifar.urls import local
 
+# Keys of the configuration that an evaluation reads.
+READ = (
+    "evaluation.tta", "evaluation.batch", "hardware.device", "hardware.precision", "hardware.threads",
+    "hardware.deterministic", "distributed.backend", "distributed.interface", "distributed.timeout_seconds",
+)  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of `k8scifar evaluate`."""
@@ -30,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", default="data", metavar="DIR", help="folder of the packed data set (default: data)"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="one value")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="one value, repeatable"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -48,6 +56,8 @@ def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outco
 
     Raises UserError where there is no model, no data, or they do not fit each other.
     """
+    config = loading.load(sets=sets)
+    loading.check_read(sets, READ, "evaluate")
     trained = open_model(path)
     manifest = require(data_dir)
     if manifest.classes != trained.classes:
@@ -56,8 +66,7 @@ def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outco
             f"{', '.join(manifest.classes)}; point --data-dir at the data it was trained on"
         )
     split = read(data_dir, manifest, "test")
-    config = load(sets=sets)
-    tta = config.evaluation.tta or True
+    tta = config.evaluation.tta
     with join(config) as world:
         arrays = (torch.from_numpy(array).to(world.device) for array in (split.images, split.labels))
         images = Images(*arrays, trained.mean, trained.std, SHIFT if tta == "shifts" else 0)

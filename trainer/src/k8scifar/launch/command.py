@@ -19,6 +19,7 @@ from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.supervisor import Supervisor
 
 DEFAULT_PORT = 29500
+ELASTIC_WAIT, ELASTIC_GROW = 120.0, 60.0  # seconds
 CPU_PROCESSES = 2  # on one machine: what this project is about
 
 
@@ -55,23 +56,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--elastic-wait",
         type=float,
-        default=120.0,
         metavar="SECONDS",
-        help="how long a machine may be gone before the others go on without it (120)",
+        help=f"how long a machine may be gone before the others go on without it ({ELASTIC_WAIT:.0f})",
     )
     job.add_argument(
         "--elastic-grow",
         type=float,
-        default=60.0,
         metavar="SECONDS",
-        help="how long a machine that is back waits before it takes part, longer each time it has left again (60)",
+        help="how long a machine that is back waits before it takes part, longer each time it has left again "
+        f"({ELASTIC_GROW:.0f})",
     )
     job.add_argument(
         "--data-wait",
         type=_count,
         default=1800,
         metavar="SECONDS",
-        help="how long a machine other than 0 waits for the data set before it says so (1800)",
+        help="how long a machine other than 0 waits for a shared folder's data set before it says so (1800)",
     )
     job.add_argument(
         "--shutdown-timeout", type=_count, default=60, metavar="SECONDS", help="time to save after SIGTERM (60)"
@@ -115,7 +115,13 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
         if args.nnodes > 1 and not environment.get("GLOO_SOCKET_IFNAME"):
             _check_host_name(args.master_addr)
     nproc = args.nproc_per_node or processes(config, args.nnodes, environment)
-    args.sets = [*args.sets, f"distributed.world_size={args.nnodes * nproc}"]
+    size, wanted = args.nnodes * nproc, config.distributed.world_size
+    if wanted not in (None, size):
+        raise UserError(
+            f"distributed.world_size is {wanted}, but --nnodes {args.nnodes} with --nproc-per-node {nproc} starts "
+            f"{size} ranks; leave it out, or change one of them"
+        )
+    args.sets = [*args.sets, f"distributed.world_size={size}"]
     spec = NodeSpec(
         config=loading.from_arguments(args),
         train_arguments=train_arguments(args),
@@ -131,8 +137,8 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
         first_step=args.first_step,
         data_wait=args.data_wait,
         min_nodes=args.min_nodes or args.nnodes,
-        elastic_wait=args.elastic_wait,
-        elastic_grow=args.elastic_grow,
+        elastic_wait=args.elastic_wait or ELASTIC_WAIT,
+        elastic_grow=args.elastic_grow or ELASTIC_GROW,
         environment=dict(environment),
     )
     if spec.is_elastic and allowed(spec) == [spec.nnodes]:
@@ -150,8 +156,12 @@ def _check_elastic(args: argparse.Namespace) -> None:
     if (args.min_nodes or args.nnodes) < args.nnodes and args.restart == "never":
         raise UserError("--min-nodes needs --restart always: who goes on alone starts again; leave out one of them")
     for option, seconds in (("--elastic-wait", args.elastic_wait), ("--elastic-grow", args.elastic_grow)):
+        if seconds is None:
+            continue
         if not seconds > 0:
             raise UserError(f"{option} {seconds:g} must be above 0 seconds")
+        if not args.min_nodes:
+            raise UserError(f"{option} needs --min-nodes: without it all machines wait for one that is gone")
 
 
 def _check_host_name(master: str) -> None:
