@@ -11,8 +11,11 @@ import torch.distributed as dist
 
 from k8scifar.config import loading
 from k8scifar.errors import RankError, TrainingError, UserError
+from k8scifar.ranks import agree, nccl, world
 from k8scifar.ranks import device as devices
-from k8scifar.ranks import nccl, world
+from k8scifar.results import ownership
+from k8scifar.results.run_folder import RunFolder
+from k8scifar.training import resume
 
 
 @pytest.fixture
@@ -57,7 +60,8 @@ def test_gloo_notices_a_lost_peer_before_nccl_and_nccl_before_its_monitor(gpus, 
     made.groups.clear()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with world.join(config(tmp_path, "distributed.timeout_seconds=400")) as here:
+    settings = config(tmp_path, "distributed.timeout_seconds=400")
+    with world.join(settings, settings.run_dir) as here:
         assert here.backend == "nccl"
         assert here.device == torch.device("cuda", 0)
     (backend, first), (host_backend, host) = made.groups
@@ -70,7 +74,28 @@ def test_gloo_notices_a_lost_peer_before_nccl_and_nccl_before_its_monitor(gpus, 
     assert made.environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     kept = [name for name, value in made.environment.items() if value == str(tmp_path / "run" / "nccl" / "rank_")]
     assert len(kept) == 1
-    assert (tmp_path / "run" / "nccl").is_dir()
+    assert not (tmp_path / "run").exists(), "whose run it is, nobody has asked yet"
+
+
+def test_nccl_s_folder_is_made_with_the_run_folder_alone(gpus, tmp_path, monkeypatch):
+    """Of a training of two ranks, once the folder is known to be its own; an evaluation has none."""
+    made = gpus()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = config(tmp_path)
+    with world.join(settings):
+        assert not [value for value in made.environment.values() if str(tmp_path) in value]
+    with world.join(settings, settings.run_dir) as here:
+        monkeypatch.setattr(agree, "each", lambda world, call: [call()])
+        monkeypatch.setenv(ownership.RELEASE, "lab/cifar")
+        resume._open(RunFolder(settings.run_dir), settings, here)
+        assert (tmp_path / "run" / "nccl").is_dir()
+        (tmp_path / "run" / "nccl").rmdir()
+        ownership.leave()
+        monkeypatch.setenv(ownership.RELEASE, "team/cifar")
+        with pytest.raises(UserError, match="belongs to release cifar in namespace lab"):
+            resume._open(RunFolder(settings.run_dir), settings, here)
+        assert not (tmp_path / "run" / "nccl").exists()
 
 
 @pytest.mark.parametrize(("version", "prefix"), [("2.4.0+cu121", "TORCH_NCCL_TRACE"), ("2.13.0", "TORCH_FR")])
@@ -81,6 +106,7 @@ def test_flight_recorder_has_the_names_of_each_torch(version, prefix, tmp_path):
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1", "what the user sets stays"
     assert environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "480"
     assert len(environment) == 5
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

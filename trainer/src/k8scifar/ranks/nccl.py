@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,14 +33,17 @@ def timeout(seconds: float) -> timedelta:
 
 
 def settle_environment(
-    seconds: float, run_dir: Path, environment: MutableMapping[str, str] = os.environ, version: str = torch.__version__
+    seconds: float,
+    run_dir: Path | None,
+    environment: MutableMapping[str, str] = os.environ,
+    version: str = torch.__version__,
 ) -> None:
     """Set what torch reads when the process group is made; what the user has set stays.
 
     Args:
         seconds: gloo's time-out.
+        run_dir: where the recordings are kept, once it is known to be this run's (`make_folder`); None: torch's place.
     """
-    folder = run_dir / FOLDER
     monitor = max(MONITOR, seconds + 2 * margin(seconds))
     wanted = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": str(TEAR_DOWN),
@@ -50,9 +53,18 @@ def settle_environment(
     renamed = tuple(int(part) for part in version.split(".")[:2]) >= (2, 10)
     names = ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE")
     former = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-    if not any(name in environment for name in former):  # torch warns of the former names
-        wanted |= dict(zip(names if renamed else former, (str(EVENTS), str(folder / "rank_")), strict=True))
-        with contextlib.suppress(OSError):  # then there is no recording; whoever needs the folder will tell
-            folder.mkdir(parents=True, exist_ok=True)
+    if run_dir and not any(name in environment for name in former):  # torch warns of the former names
+        wanted |= dict(zip(names if renamed else former, (str(EVENTS), _recording(run_dir)), strict=True))
     for name, value in wanted.items():
         environment.setdefault(name, value)
+
+
+def make_folder(run_dir: Path, environment: Mapping[str, str] = os.environ) -> None:
+    """Make the folder of the recordings, if `settle_environment` has them kept in this run folder, which is ours."""
+    if _recording(run_dir) in environment.values():
+        with contextlib.suppress(OSError):  # then there is no recording; whoever needs the folder will tell
+            (run_dir / FOLDER).mkdir(exist_ok=True)
+
+
+def _recording(run_dir: Path) -> str:
+    return str(run_dir / FOLDER / "rank_")

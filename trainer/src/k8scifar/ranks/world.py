@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,8 +54,10 @@ class World:
 
 
 @contextlib.contextmanager
-def join(config: Config) -> Iterator[World]:
+def join(config: Config, run_dir: Path | None = None) -> Iterator[World]:
     """Join the process group that torchrun's environment describes; leave it at the end.
+
+    `run_dir`: of the run that trains, for NCCL's recordings; nothing is written there yet.
 
     Raises UserError where the environment makes no sense, TrainingError where peers do not come in time, and in place
     of any failure of a collective, naming the rank that it waited for as far as can be told.
@@ -73,7 +76,7 @@ def join(config: Config) -> Iterator[World]:
     timeout, on_gpu = timedelta(seconds=seconds), {}
     if backend == "nccl":
         if size > 1:
-            nccl.settle_environment(seconds, config.run_dir)
+            nccl.settle_environment(seconds, run_dir)
         on_gpu = {"timeout": nccl.timeout(seconds), "device_id": device}
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
     try:

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     memory.keep()
     check_size(config)
     manifest = prepared(config)
-    with join(config) as world:
+    with join(config, config.run_dir) as world:
         compiling.check(config, world.device)
         manifest = supply(config, manifest, world)
         plan = Plan(config, holdout.left(manifest, config.data.holdout))

@@ -12,7 +12,7 @@ from k8scifar.config.schema import Config
 from k8scifar.console import say
 from k8scifar.data import packed
 from k8scifar.errors import PeerLost, TrainingError, UserError
-from k8scifar.ranks import agree, transfer
+from k8scifar.ranks import agree, nccl, transfer
 from k8scifar.ranks.world import World
 from k8scifar.results import ownership
 from k8scifar.results.run_folder import RunFolder
@@ -105,6 +105,7 @@ def _open(
         try:
             folder.create(config)
             folder.forget_summary()
+            nccl.make_folder(folder.path)
             path = folder.checkpoints / name
             if name and world.rank != source and not _is_whole(path):
                 files.write_atomically(path, content)
