@@ -8,15 +8,16 @@ import pickle
 import pytest
 import torch
 
+from k8scifar.results import evaluated
 from k8scifar.training import checkpoint
 from k8scifar.training.checkpoint import Damaged, Writer, listed, newest_good
 
 
-def write(folder, steps, keep=10, best_step=None):
+def write(folder, steps, keep=10, best_first=()):
     said = []
     writer = Writer(folder, keep, said.append)
     for step in steps:
-        writer.save({"step": step, "weights": torch.full((1000,), float(step))}, step, best_step)
+        writer.save({"step": step, "weights": torch.full((1000,), float(step))}, step, best_first)
     writer.close()
     return said
 
@@ -33,9 +34,18 @@ def test_round_trip_with_torchs_safe_loader(tmp_path):
 
 
 def test_newest_are_kept_and_the_best_besides(tmp_path):
-    write(tmp_path, [1, 2], keep=2, best_step=2)
-    write(tmp_path, [3, 4, 5], keep=2, best_step=2)
+    write(tmp_path, [1, 2], keep=2, best_first=[2, 1])
+    write(tmp_path, [3, 4, 5], keep=2, best_first=[2, 1])
     assert steps_of(tmp_path) == [5, 4, 2]
+
+
+def test_the_best_of_the_epochs_that_left_a_checkpoint_is_kept(tmp_path):
+    """An evaluation each epoch, a checkpoint each second one; the best epoch left none."""
+    accuracies = {1: 0.1, 2: 0.6, 3: 0.9, 4: 0.2, 5: 0.3, 6: 0.4, 8: 0.6}
+    for done in (2, 4, 6, 8):
+        history = [{"step": step, "test_accuracy": each} for step, each in accuracies.items() if step <= done]
+        write(tmp_path, [done], keep=1, best_first=evaluated.best_first(history))
+    assert steps_of(tmp_path) == [8, 2]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other bytes"])

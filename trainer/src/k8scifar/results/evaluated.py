@@ -25,7 +25,7 @@ def figure(record: dict[str, Any], name: str) -> Any:
     return record.get(PREFIXES[word_of(record)] + name)
 
 
-def best_step(history: list[dict[str, Any]]) -> int | None:
-    """The step of the epoch with the highest accuracy so far, None before the first evaluation."""
+def best_first(history: list[dict[str, Any]]) -> list[int]:
+    """The steps of the epochs that were evaluated, those of the highest accuracy first, of equal ones the earliest."""
     scored = [(accuracy, -record["step"]) for record in history if (accuracy := figure(record, "accuracy")) is not None]
-    return -max(scored)[1] if scored else None
+    return [-step for _, step in sorted(scored, reverse=True)]

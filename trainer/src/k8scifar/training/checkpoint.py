@@ -13,7 +13,7 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,19 +145,19 @@ class Writer:
         self._folder, self._keep, self._warn, self._before = folder, keep, warn, before
         self.written = (0, 0)  # step and digest, as a number of 48 bits, of the newest that is safe
         self.late: Superseded | None = None
-        self._jobs: queue.Queue[tuple[Payload, int, int | None] | None] = queue.Queue()
+        self._jobs: queue.Queue[tuple[Payload, int, Sequence[int]] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
-    def save(self, payload: Payload, step: int, best_step: int | None = None) -> None:
+    def save(self, payload: Payload, step: int, best_first: Sequence[int] = ()) -> None:
         """Hand over a payload that nobody changes any more; never blocks.
 
         Args:
             payload: plain values and CPU tensors.
             step: optimiser steps done.
-            best_step: the step whose checkpoint is the best so far, to be kept.
+            best_first: the evaluated steps; the first one that has a checkpoint is kept.
         """
-        self._jobs.put((payload, step, best_step))
+        self._jobs.put((payload, step, best_first))
 
     @property
     def behind(self) -> bool:
@@ -171,7 +171,7 @@ class Writer:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            payload, step, best_step = job
+            payload, step, best_first = job
             try:
                 content = encode(payload)
                 path = self._folder / file_name(step, content)
@@ -184,15 +184,17 @@ class Writer:
                 self._warn(f"{files.unwritten(f'checkpoint of step {step}', error)}; training goes on")
                 continue
             try:
-                self._prune(path, best_step)
+                self._prune(path, best_first)
             except OSError as error:
                 self._warn(f"old checkpoints in {self._folder} could not be removed ({error.strerror})")
 
-    def _prune(self, newest: Path, best_step: int | None) -> None:
+    def _prune(self, newest: Path, best_first: Sequence[int]) -> None:
         """Remove what is neither newest nor best; only called once `newest` is safe. Raises OSError."""
         older = [path for path in listed(self._folder) if step_of(path) <= step_of(newest)]
+        there = {step_of(path) for path in older}
+        best = next((step for step in best_first if step in there), None)  # an epoch may have left no checkpoint
         for path in older[self._keep :]:
-            if step_of(path) != best_step:
+            if step_of(path) != best:
                 files.patiently(lambda path=path: path.unlink(missing_ok=True))
 
 

@@ -116,7 +116,7 @@ class Session:
         if self._writer and behind:
             self.tell(f"checkpoint of step {state.step} left out: the volume is still busy with former ones")
         elif self._writer:
-            self._writer.save(payload, state.step, evaluated.best_step(state.history))
+            self._writer.save(payload, state.step, evaluated.best_first(state.history))
         self._saved = time.monotonic()
         self._stalled += self._saved - begun
         self.clock.mark("between steps")
