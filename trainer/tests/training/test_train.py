@@ -157,10 +157,16 @@ def test_sigterm_saves_within_an_epoch_and_resume_equals_the_uninterrupted_run(
     assert "stopped by SIGTERM at step" in said
     (saved,) = checkpoint.listed(tmp_path / "runs" / "run" / "checkpoints")
     assert 2 <= checkpoint.step_of(saved) < 6
+    payload = checkpoint.load(saved)
+    assert payload["seconds"] > 0, "of the steps since the last epoch, too"
+    content = checkpoint.encode(payload | {"seconds": 1000.0})
+    saved.with_name(checkpoint.file_name(payload["step"], content)).write_bytes(content)
+    saved.unlink()
     done = run(train_command(2, tiny_config, tiny_data, tmp_path / "runs", "run"))
     assert done.returncode == 0, done.stderr
     assert weights_hash(tmp_path / "runs" / "run") == weights_hash(finished)
     assert history(tmp_path / "runs" / "run") == history(finished)
+    assert json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["seconds"] > 1000
 
 
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, interrupted, train):

@@ -70,7 +70,7 @@ class Session:
         if world.keeps:
             keep = config.checkpoint.keep
             self._writer = checkpoint.Writer(self.folder.checkpoints, keep, self.tell, before=self.folder.check)
-        self._spent = self.state.history[-1]["seconds"] if self.state.history else 0.0
+        self._spent = self.state.seconds
         self._started = self._epoch_started = self._saved = time.monotonic()
         self._drift_told = False
         self._written = (0, 0)
@@ -107,9 +107,11 @@ class Session:
         settle(self.world)
         behind = not must and (not self._writer or self._writer.behind)  # it is left out where no node can take it
         written = self._writer.written if self._writer else (0, 0)
-        own = torch.cat([state.sums.cpu(), state.weight_sum(), state.digest(), torch.tensor([behind, *written])])
+        flags = torch.tensor([behind, *written, self._seconds], dtype=torch.float64)
+        own = torch.cat([state.sums.cpu(), state.weight_sum(), state.digest(), flags])
         facts = agree.gather(own, self.world)
         self.check_finite(facts, state.step)
+        state.seconds = facts[0, 8].item()  # rank 0's, for the nodes' files are the same
         self._equalise(facts[:, 4])
         self.tell_drift([(int(row[6]), int(row[7])) for row in facts])
         payload = {} if facts[:, 5].all() else state.snapshot(self.plan.pixels(max(0, state.step - 1)))
@@ -177,6 +179,11 @@ class Session:
         )
 
     @property
+    def _seconds(self) -> float:
+        """What the run has taken so far, in all processes; what came after a checkpoint that was resumed is lost."""
+        return self._spent + time.monotonic() - self._started
+
+    @property
     def epoch_is_over(self) -> bool:
         """Whether an epoch's last step is done and its end (evaluation, record) is not."""
         return self.state.step == (len(self.state.history) + 1) * self.plan.steps_per_epoch
@@ -215,7 +222,7 @@ class Session:
         if len(state.members) > 1:  # else all did, all the time
             record["members"] = members.within(state.members, step - self.plan.steps_per_epoch, step)
         record["images_per_second"] = round(steps_here * self.config.global_batch / max(seconds, 1e-9), 1)
-        record["seconds"] = round(self._spent + time.monotonic() - self._started, 1)
+        record["seconds"] = round(self._seconds, 1)
         record["checkpoint_seconds"], self._stalled = round(self._stalled, 3), 0.0
         found = self.meter.read()
         if speed := meter.speed(found, state.shares, self.world, self.config.global_batch):

@@ -46,6 +46,7 @@ class State:
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
     members: list[dict[str, Any]] = field(default_factory=list)  # who took part from which step on
+    seconds: float = 0.0  # of all processes up to the last checkpoint
 
     @classmethod
     def fresh(cls, config: Config, manifest: Manifest, world: World, images: Images, precision: str) -> State:
@@ -199,6 +200,7 @@ class State:
             "comm": communication,
             "history": [dict(record) for record in self.history],
             "members": self.members,
+            "seconds": self.seconds,
             "rng": torch.get_rng_state(),  # nothing draws from it while training; kept for what may come
         }
 
@@ -217,6 +219,7 @@ class State:
             merged = KINDS[saved["mode"]].merge(saved, self.ddp, self.optimizer)
             self.exchange.begin()
         self.step, self.history = payload["step"], [with_todays_names(record) for record in payload["history"]]
+        self.seconds = payload.get("seconds", self.history[-1]["seconds"] if self.history else 0.0)  # not in 0.1.0
         former = {"from": 0, "world_size": payload["world_size"]}
         self.members = payload.get("members", [former])
         local = payload["local"]
