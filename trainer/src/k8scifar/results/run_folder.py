@@ -1,7 +1,8 @@
-"""The run folder: what a run leaves behind, written by rank 0 alone.
+"""The run folder: what a run leaves behind, written by rank 0, or by the first rank of each node with its own folders.
 
 ``config.yaml`` (resolved), ``metrics.jsonl`` (a line an epoch), ``summary.json`` (the last thing written, so its
-presence means done), ``model.safetensors``, ``report.html``, ``checkpoints/`` and TensorBoard's events.
+presence means done), ``model.safetensors``, ``report.html``, ``members.json``, ``checkpoints/`` and, from rank 0 alone,
+TensorBoard's events.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from k8scifar.results.summary import MARKER, read_summary
 
 
 class RunFolder:
-    """The files of one run. A rank other than 0 makes none and writes nothing."""
+    """The files of one run. Ranks that do not keep a run folder (`World.keeps`) write nothing in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
