@@ -20,6 +20,8 @@ NAME ?= $(RECIPE)
 ARGS ?=
 TESTS ?= trainer/tests chart/tests image/tests
 KILLS ?= 20
+# Not ?=, for a shell may export HOSTS for something else.
+HOSTS = 2
 SEED ?=
 ROWS ?=
 RANKS ?=
@@ -189,8 +191,8 @@ test-versions: ## run the core tests with TORCH=oldest or newest of the torch re
 golden: $(READY) ## renew trainer/tests/training/golden.json, the losses of tiny trainings, and say what changed
 	@$(BIN)/python trainer/tests/training/golden.py
 
-chaos: $(READY) ## strike two-host trainings KILLS=20 times at random and compare the weights (root); SEED= repeats one
-	@$(FOREGROUND) $(BIN)/python trainer/tests/helpers/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+chaos: $(READY) ## strike trainings on HOSTS=2 to 4 hosts KILLS=20 times at random, compare the weights (root); SEED= repeats one
+	@$(FOREGROUND) $(BIN)/python trainer/tests/helpers/chaos.py --kills $(KILLS) --hosts $(HOSTS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data picks some; BENCH_MINUTES=10 for ROWS=time,avx2
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
