@@ -17,7 +17,7 @@ from k8scifar.config.schema import Config
 from k8scifar.console import say
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import TrainingError, UserError
-from k8scifar.files import FULL, TRANSIENT, patiently, remove_temporary, unwritten, write_atomically
+from k8scifar.files import FULL, TRANSIENT, make_folder, patiently, remove_temporary, unwritten, write_atomically
 from k8scifar.results import lease, members, ownership, weights
 from k8scifar.results.summary import MARKER, read_summary
 
@@ -36,9 +36,9 @@ class RunFolder:
         is full or fails.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             ownership.take(self.path, config.checkpoint.adopt)
-            self.checkpoints.mkdir(exist_ok=True)
+            make_folder(self.checkpoints)
             for folder in (self.path, self.checkpoints):
                 remove_temporary(folder)
             write_atomically(self.path / "config.yaml", config.to_yaml().encode())
