@@ -23,6 +23,7 @@ KILLS ?= 20
 # Not ?=, for a shell may export HOSTS for something else.
 HOSTS = 2
 SEED ?=
+ONLY ?=
 ROWS ?=
 RANKS ?=
 # Each command that a person may stop runs by it. Exit codes, for scripts that call k8scifar or the tools themselves:
@@ -194,6 +195,9 @@ golden: $(READY) ## renew trainer/tests/training/golden.json, the losses of tiny
 chaos: $(READY) ## strike trainings on HOSTS=2 to 4 hosts KILLS=20 times at random, compare the weights (root); SEED= repeats one
 	@$(FOREGROUND) $(BIN)/python trainer/tests/helpers/chaos.py --kills $(KILLS) --hosts $(HOSTS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+mutants: $(READY) ## make each mistake of trainer/tests/mutants.yaml in a copy and see its test fail; ONLY=word picks some
+	@$(FOREGROUND) $(BIN)/python trainer/tests/helpers/mutants.py $(if $(ONLY),--only "$(ONLY)")
+
 bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data picks some; BENCH_MINUTES=10 for ROWS=time,avx2
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python trainer/benchmarks/bench.py $(BENCH_ROWS) --data "$(DATA_DIR)" $(ARGS)
@@ -230,7 +234,7 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff format trainer
 	@$(BIN)/ruff format --config trainer/pyproject.toml image chart
 
-.PHONY: help venv clean train report evaluate tensorboard test test-nightly test-versions golden chaos bench bench-gpu \
+.PHONY: help venv clean train report evaluate tensorboard test test-nightly test-versions golden chaos mutants bench bench-gpu \
 	scaling gpu lint format \
 	up down status logs results tensorboard-cluster diagnose \
 	chart-lint template install uninstall schema chart-docs package \

@@ -19,6 +19,7 @@ from k8scifar import files
 from k8scifar.config import loading
 from k8scifar.data import packed
 from k8scifar.data.prepare import prepare
+from k8scifar.errors import TrainingError
 from k8scifar.ranks import transfer
 from k8scifar.results import lease, members, ownership, weights
 from k8scifar.results.run_folder import RunFolder
@@ -171,3 +172,13 @@ def test_a_file_that_another_node_sends(cut):
         return file.is_in(at)
 
     cut(lambda at: None, receive, read)
+
+
+def test_a_file_that_comes_altered_gets_no_name(tmp_path):
+    part = transfer._Part(tmp_path, transfer.File("model.bin", hashlib.sha256(b"right").hexdigest(), 5))
+    part.open()
+    part.add(torch.tensor(list(b"wrong"), dtype=torch.uint8))
+    with pytest.raises(TrainingError, match="did not come as it was announced"):
+        part.finish()
+    part.close()
+    assert not list(tmp_path.iterdir())
