@@ -74,15 +74,15 @@ class Scratch:
     """A copy of the repository's files as they lie in the working tree, whose package is what its tests import."""
 
     def __init__(self, folder: Path) -> None:
-        self._root = folder
+        self._root, self._time = folder, 1_000_000_000
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
         for name in filter(None, names.split("\0")):
             if (REPOSITORY / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(REPOSITORY / name, folder / name)
-        # No bytecode: it would be taken for a changed file of the same second and size.
-        self._environment = os.environ | {"PYTHONPATH": str(folder / "trainer/src"), "PYTHONDONTWRITEBYTECODE": "1"}
+        self._environment = os.environ | {"PYTHONPATH": str(folder / "trainer/src")}
+        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # torch would be compiled anew for each test
         where = [sys.executable, "-c", "import k8scifar; print(k8scifar.__file__)"]
         found = subprocess.run(where, env=self._environment, capture_output=True, text=True, check=True).stdout
         assert Path(found).is_relative_to(folder), f"the tests would import {found}"
@@ -104,11 +104,17 @@ class Scratch:
         """As `test`, with the mistake made, which is undone at the end."""
         path = self._root / mutant.file
         right = path.read_text()
-        path.write_text(mutant.made(self._root))
         try:
+            self._write(path, mutant.made(self._root))
             return self.test(mutant.test)
         finally:
-            path.write_text(right)
+            self._write(path, right)
+
+    def _write(self, path: Path, text: str) -> None:
+        """At a time that no other text of this file has: bytecode of the same second and size would pass for it."""
+        path.write_text(text)
+        self._time += 2
+        os.utime(path, (self._time, self._time))
 
 
 def passes(code: int | None, output: str) -> str:
