@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from k8scifar.results import lease, members, ownership, weights
 from k8scifar.results.run_folder import RunFolder
 from k8scifar.training import checkpoint
 
-Value = Any
+Work = Callable[[Path], Any]  # with a volume
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +39,9 @@ def clean(monkeypatch):
 
 @pytest.fixture
 def cut(tmp_path):
-    """``cut(before, write, read)`` cuts power everywhere while `write` runs after `before`; returns what was read."""
+    """``cut(before, write, read)`` cuts power at each moment of `write`, which runs after `before`."""
 
-    def survive(before: Callable[[Path], Value], write: Callable[[Path], Value], read: Callable[[Path], Value]) -> int:
+    def survive(before: Work, write: Work, read: Work) -> None:
         volume = tmp_path / "volume"
         volume.mkdir()
         before(volume)
@@ -49,13 +50,11 @@ def cut(tmp_path):
             write(volume)
         ownership.leave()
         new, found = read(volume), []
-        assert old != new
         for number, (tree, returned) in enumerate(record.states()):
             value = read(powerloss.lay(tree, tmp_path / f"{number}"))
             assert value == new if returned else value in (old, new), (number, [name for name, _ in tree])
             found.append(value)
-        assert old in found and len(found) > 4
-        return len(found)
+        assert old in found and old != new and len(found) > 4
 
     return survive
 
@@ -66,45 +65,33 @@ def text(path: Path) -> str | None:
 
 @pytest.mark.parametrize("former", [None, b"old and long"])
 def test_a_file(cut, former):
-    cut(
-        lambda at: former and (at / "file").write_bytes(former),
-        lambda at: files.write_atomically(at / "file", b"new value"),
-        lambda at: text(at / "file"),
-    )
+    before = lambda at: former and (at / "file").write_bytes(former)  # noqa: E731
+    cut(before, lambda at: files.write_atomically(at / "file", b"new value"), lambda at: text(at / "file"))
 
 
-def save(step: int) -> Callable[[Path], None]:
-    def write(at: Path) -> None:
+def test_a_checkpoint_and_the_one_before_it_which_is_then_removed(cut):
+    def save(at: Path, step: int) -> None:
         writer = checkpoint.Writer(at, 1, pytest.fail)
         writer.save({"step": step, "weights": torch.full((9,), float(step))}, step)
         writer.close()
 
-    return write
+    def newest(at: Path) -> int:
+        found = list(checkpoint.newest_good(at))
+        assert not any(why for _, _, why in found), found
+        return checkpoint.decode(found[0][1], found[0][0])["step"]
 
-
-def newest(at: Path) -> int:
-    found = list(checkpoint.newest_good(at))
-    assert not any(why for _, _, why in found), found
-    return checkpoint.decode(found[0][1], found[0][0])["step"]
-
-
-def test_a_checkpoint_and_the_one_before_it_which_is_then_removed(cut):
-    cut(save(1), save(2), newest)
-
-
-def source(at: Path) -> str | None:
-    manifest = packed.read_manifest(at / "data")
-    assert manifest is None or packed.damage(at / "data", manifest) is None
-    return manifest and manifest.source
+    cut(partial(save, step=1), partial(save, step=2), newest)
 
 
 @pytest.mark.parametrize("former", [None, "synthetic:20:10"])
 def test_a_data_set_whose_manifest_vouches_for_its_files(cut, former):
-    cut(
-        lambda at: former and prepare(at / "data", former),
-        lambda at: prepare(at / "data", "synthetic:10:10"),
-        source,
-    )
+    def source(at: Path) -> str | None:
+        manifest = packed.read_manifest(at / "data")
+        assert manifest is None or packed.damage(at / "data", manifest) is None
+        return manifest and manifest.source
+
+    make = lambda at, source: source and prepare(at / "data", source)  # noqa: E731
+    cut(partial(make, source=former), partial(make, source="synthetic:10:10"), source)
 
 
 def test_a_run_folder_whose_summary_vouches_for_its_weights(cut):
@@ -135,10 +122,8 @@ def test_whose_a_run_folder_is(cut, monkeypatch):
         monkeypatch.setenv(ownership.RELEASE, "team/cifar")
         ownership.take(at, adopt=True)
 
-    def owner(at: Path) -> str:
-        return json.loads((at / ownership.OWNER).read_text())["release"]
-
-    cut(lambda at: (ownership.take(at, False), ownership.leave()), adopt, owner)
+    before = lambda at: (ownership.take(at, False), ownership.leave())  # noqa: E731
+    cut(before, adopt, lambda at: json.loads(text(at / ownership.OWNER))["release"])
 
 
 def test_a_lease_that_is_taken_stays_taken(cut, monkeypatch):

@@ -19,5 +19,7 @@ def test_three_ranks_see_alike(tmp_path):
             "each": [None, 10, 20],
             "mistake": "refused",
             "differ": "refused",
+            "evaluated": True,
+            "passes": [4, 2, 1][rank],  # rounds of two batches of rank 0, and one of each other
             "broadcast": "from 1",
         }
