@@ -28,7 +28,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[3]
 LIST = REPOSITORY / "trainer/tests/mutants.yaml"
 WORKERS = 2
-SECONDS = 120  # pytest's own limit of a test, without a marker of its own
+SECONDS = 300  # of a test without a marker of its own, as in `make test`
 HUNG = 900  # seconds until a whole pytest is killed
 
 

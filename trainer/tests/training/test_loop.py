@@ -19,6 +19,7 @@ from k8scifar.config import loading
 from k8scifar.data import packed
 from k8scifar.data.augment import Images
 from k8scifar.data.prepare import prepare
+from k8scifar.ranks.shares import Shares
 from k8scifar.training import checkpoint, norms, optim
 from k8scifar.training.plan import Plan
 from k8scifar.training.session import Session
@@ -32,6 +33,15 @@ SETS = [
     f"checkpoint.every_steps={CUT_AT}",
     "hardware.device=cpu", "hardware.precision=fp32", "hardware.threads=1", "log.tensorboard=false",
 ]  # fmt: skip
+
+
+MEAN = 5.0  # micro-batches of a rank on average: this one acts as a rank of several whose share is below that
+
+
+def as_one_of_several(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(norms, "PASS", PASS)
+    patch.setattr(Shares, "mean", MEAN)
+    patch.setattr(Shares, "weight", lambda shares, rank: 1.0)
 
 
 def train(folder: Path, name: str) -> Path:
@@ -73,7 +83,7 @@ def seen(module_path):
         return cross_entropy(logits, labels, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norms, "PASS", PASS)
+        as_one_of_several(patch)
         patch.setattr(Images, "augmented", watched_augmented)
         patch.setattr(F, "cross_entropy", watched_loss)
         patch.setattr(Session, "step", watched_step)
@@ -105,7 +115,7 @@ def test_running_statistics_begin_fresh_and_follow_the_four_micro_batches(seen):
         assert not mean.any() and torch.equal(variance, torch.ones_like(variance))
 
 
-def test_the_gradient_is_the_mean_over_the_micro_batches(seen):
+def test_the_gradient_is_the_sum_over_the_micro_batches_by_the_mean_share(seen):
     """Of the second step, each micro-batch alone, by a network without DistributedDataParallel."""
     from k8scifar.training import model
 
@@ -118,14 +128,14 @@ def test_the_gradient_is_the_mean_over_the_micro_batches(seen):
     )
     for samples in seen.plan.order.epoch(0)[1]:
         inputs = images.augmented(samples, 8, seed=0, epoch=0, **dict(config.augment))
-        (F.cross_entropy(net(inputs), images.labels[samples], label_smoothing=0.2) / 4).backward()
+        (F.cross_entropy(net(inputs), images.labels[samples], label_smoothing=0.2) / MEAN).backward()
     alone = torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
     assert (alone - gradient).norm() < 1e-5 * alone.norm()
 
 
 def test_a_run_that_is_cut_within_an_epoch_goes_on_bit_for_bit(seen, monkeypatch):
     """Weights, momenta, running statistics, sums and history come from the checkpoint."""
-    monkeypatch.setattr(norms, "PASS", PASS)
+    as_one_of_several(monkeypatch)
     folder = seen.folder.with_name("resumed")
     shutil.copytree(seen.folder, folder)
     for path in (folder / "summary.json", folder / "model.safetensors"):
