@@ -11,6 +11,8 @@ from k8scifar.ranks.agree import gather
 from k8scifar.ranks.world import World
 from k8scifar.training.clock import PARTS, StepClock
 
+Times = dict[int, tuple[int, torch.Tensor]]  # pixels -> steps, seconds [world size, PARTS]
+
 
 class Meter:
     """Adds up the steps of an epoch by resolution; does nothing unless `running`.
@@ -45,7 +47,7 @@ class Meter:
             self._found[self._pixels] = steps + self._steps, so_far + spent
         self._before, self._steps = now, 0
 
-    def read(self) -> dict[int, tuple[int, torch.Tensor]]:
+    def read(self) -> Times:
         """Pixels -> (steps, seconds [world size, PARTS]) since the last reading; the same on all ranks, collective."""
         if self._before is not None:
             self._look()
@@ -54,16 +56,14 @@ class Meter:
         return found
 
 
-def own_seconds(found: dict[int, tuple[int, torch.Tensor]], shares: Shares) -> list[float]:
+def own_seconds(found: Times, shares: Shares) -> list[float]:
     """Seconds of a micro-batch by rank, over all that `Meter.read` found: known before a rank waits for others."""
     steps = sum(count for count, _ in found.values())
     own = sum(spent[:, PARTS.index("data")] + spent[:, PARTS.index("compute")] for _, spent in found.values())
     return (own / steps / torch.tensor(shares.counts)).tolist()
 
 
-def speed(
-    found: dict[int, tuple[int, torch.Tensor]], shares: Shares, world: World, global_batch: int
-) -> dict[str, Any] | None:
+def speed(found: Times, shares: Shares, world: World, global_batch: int) -> dict[str, Any] | None:
     """An epoch's record of how fast the machines were together and alone, None where that can't be compared.
 
     The wait for the network is what the rank waits that waits least: the others wait for it as well.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config.schema import COMM, FIXED, Config, flatten
-from k8scifar.data.augment import Images
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import UserError
 from k8scifar.exchange.gradients import AllReduce
@@ -22,9 +20,7 @@ from k8scifar.exchange.shares import Shares, equal
 from k8scifar.ranks.agree import gather, gather_json, unflatten
 from k8scifar.ranks.world import World
 from k8scifar.results.summary import with_todays_names
-from k8scifar.training import compiling, loss_scaling, model, norms, optim
-
-WHITEN_FROM = 2000  # training images, evenly spaced, whose patches give the whitening filters
+from k8scifar.training import norms, optim
 
 
 @dataclass
@@ -37,54 +33,16 @@ class State:
     net: nn.Module
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # does nothing but in fp16
+    scaler: torch.amp.GradScaler  # enabled in fp16 only
     statistics: norms.Statistics  # each rank's own running statistics
     sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
-    exchange: AllReduce | None  # how the ranks combine what they learnt, once it is chosen
-    shares: Shares  # who computes how much of a step
+    shares: Shares  # micro-batches of each rank in a step
     first_bad: torch.Tensor  # int64 []: the step of this rank's first loss that was not finite, 0: none
+    exchange: AllReduce | None = None  # how the ranks combine gradients or weights; None until it is chosen
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
-    members: list[dict[str, Any]] = field(default_factory=list)  # who took part from which step on
-    seconds: float = 0.0  # of all processes up to the last checkpoint
-
-    @classmethod
-    def fresh(cls, config: Config, manifest: Manifest, world: World, images: Images, precision: str) -> State:
-        """Step 0, the weights drawn from the seed; `images` are the training split's."""
-        torch.manual_seed(config.seed)
-        net = model.build(config.model, len(manifest.classes), config.hardware.products)
-        if config.model.whiten:
-            count = min(WHITEN_FROM, len(images))
-            sample = torch.arange(count, device=world.device) * len(images) // count
-            model.whiten(net, images.plain(sample, config.resolution[0].pixels).cpu())
-        net = net.to(world.device)
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        with warnings.catch_warnings():  # newer torch wants a name that older ones lack
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            ddp = DistributedDataParallel(
-                net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
-            )
-        _settle_buckets(ddp, norms.layers(net), world.device)
-        if config.hardware.compile:  # only now: the settling pass would be compiled as well
-            ddp.module = compiling.compiled(net, config)
-        statistics = norms.Statistics(norms.layers(net), constant=config.hardware.compile)
-        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        optimizer = optim.build(net, config, precision)
-        scaler = loss_scaling.scaler(world.device, precision)
-        return cls(
-            config,
-            manifest,
-            world,
-            net,
-            ddp,
-            optimizer,
-            scaler,
-            statistics,
-            sums,
-            None,
-            Shares(equal(config.micro_batches, world.size)),
-            sums.new_zeros((), dtype=torch.int64),
-        )
+    members: list[dict[str, Any]] = field(default_factory=list)  # nodes and ranks, from which step on
+    seconds: float = 0.0  # that the run had taken at the last checkpoint, in all processes
 
     def communicate(self, mode: str, every: int) -> None:
         """Choose how the ranks communicate, before the first step and before `restore`; at most once.
@@ -111,8 +69,8 @@ class State:
         parts = norms.passes(count, self.config.micro_batch) if self.statistics.groups else count
         return equal(count, parts)
 
-    def note_loss(self, loss: torch.Tensor) -> None:
-        """Remember the step just done if its loss is the first that is not finite; nothing waits for a GPU here."""
+    def record_first_bad(self, loss: torch.Tensor) -> None:
+        """Record the step just done if its loss is the first that is not finite. Does not wait for a GPU."""
         is_first = ~torch.isfinite(loss) & (self.first_bad == 0)
         self.first_bad = torch.where(is_first, self.step, self.first_bad)
 
@@ -243,21 +201,6 @@ class State:
                     found[f"{name}.{kind}"] = mean[at : at + count].float()
                     at += count
         return found
-
-
-def _settle_buckets(ddp: DistributedDataParallel, layers: list[nn.BatchNorm2d], device: torch.device) -> None:
-    """Two throw-away backward passes, which leave the weights and statistics unchanged.
-
-    With `static_graph` DDP keeps all gradients in one bucket for two passes and lays out its buckets in the third. The
-    bucket decides the order of the sums: without these passes the first step of each process would round differently
-    at three or more ranks, and a resumed run would differ from the uninterrupted one. The first pass is needed anyway:
-    one under `no_sync` (the first of several micro-batches) would end in an assertion of the reducer.
-    """
-    for layer in layers:
-        layer.momentum = 0.0
-    for _ in range(2):
-        ddp(torch.zeros(2, 3, 8, 8, device=device).to(memory_format=torch.channels_last)).sum().backward()
-    ddp.zero_grad(set_to_none=False)
 
 
 def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest) -> str:
