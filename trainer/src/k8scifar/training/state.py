@@ -1,4 +1,4 @@
-"""The state of a training run: all that a checkpoint must hold for the resumed run to equal the uninterrupted one."""
+"""The state of a run, and its checkpoint: what a resumed run needs to equal an uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from k8scifar.training import norms, optim
 
 @dataclass
 class State:
-    """Weights, optimiser, counters; `step` optimiser steps are done."""
+    """Weights, optimiser and counters after `step` optimiser steps."""
 
     config: Config
     manifest: Manifest
@@ -34,7 +34,7 @@ class State:
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # enabled in fp16 only
-    statistics: norms.Statistics  # each rank's own running statistics
+    statistics: norms.Statistics  # this rank's running statistics
     sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
     shares: Shares  # micro-batches of each rank in a step
     first_bad: torch.Tensor  # int64 []: the step of this rank's first loss that was not finite, 0: none
@@ -59,13 +59,13 @@ class State:
         self.exchange.at_once = self.scaler.is_enabled()  # which looks for an overflow in all gradients
 
     def take_shares(self, shares: Shares) -> None:
-        """Divide the work so from now on: before `restore`, or when the ranks' statistics are equal."""
+        """Divide the work by `shares`, before `restore` or while the ranks' statistics are equal."""
         self.shares = shares
         by_speed = self.config.distributed.share == "auto"
         self.exchange.divide_updates(shares.relative if by_speed else [1.0] * self.world.size)
 
     def passes(self, count: int) -> list[int]:
-        """Of so many micro-batches of a step, those of each pass."""
+        """Divide so many micro-batches of a step into passes: their number in each pass."""
         parts = norms.passes(count, self.config.micro_batch) if self.statistics.groups else count
         return equal(count, parts)
 
@@ -75,21 +75,21 @@ class State:
         self.first_bad = torch.where(is_first, self.step, self.first_bad)
 
     def local(self) -> torch.Tensor:
-        """What differs between the ranks within an epoch, float64 [n]: running statistics and sums."""
+        """Running statistics and sums, which differ between the ranks within an epoch; float64 [n]."""
         return torch.cat([tensor.flatten().double() for tensor in [*self.statistics.running(), self.sums]])
 
     def _set_local(self, row: torch.Tensor) -> None:
         unflatten(row, [*self.statistics.running(), self.sums])
 
     def weight_sum(self) -> torch.Tensor:
-        """Sum of all weights, float64 [1] on the CPU: not finite if any of them is not."""
+        """Sum of all weights, float64 [1] on the CPU: not finite if one of them is not."""
         sums = [parameter.detach().double().sum() for parameter in self.net.parameters()]
         return torch.stack(sums).sum().view(1).cpu()
 
     def shared(self) -> list[torch.Tensor]:
-        """What all ranks hold alike now: the weights and, where the ranks take equal steps, the momenta; float32.
+        """The float32 tensors that are equal on all ranks now: weights and, where the ranks take equal steps, momenta.
 
-        Not the momenta that their owner alone has.
+        Momenta that only their owner holds are not among them.
         """
         if not self.exchange.equal:
             return []
@@ -102,10 +102,10 @@ class State:
         return weights + [momentum for momentum in momenta if momentum is not None]
 
     def digest(self) -> torch.Tensor:
-        """A number that tells `shared` of one rank from that of another if a bit differs, float64 [1] on the CPU.
+        """A hash of `shared`, float64 [1] on the CPU.
 
-        Sums of integers, which are exact in any order: unlike processors would add floats differently. Squares, so that
-        small differences do not cancel.
+        It adds up integers, which is exact in any order; different processors would add floats differently. It adds
+        squares too, so that small differences do not cancel.
         """
         bits = [tensor.view(torch.int32) for tensor in self.shared()]
         sums = [(values * values).sum(dtype=torch.int64) + 31 * values.sum(dtype=torch.int64) for values in bits]
@@ -114,7 +114,7 @@ class State:
 
     @torch.no_grad()
     def equalise(self) -> None:
-        """Give all ranks what rank 0 holds of `shared`; collective."""
+        """Replace `shared` on all ranks by rank 0's; collective."""
         tensors = self.shared()
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         self.world.pulse.arrive()
@@ -122,15 +122,15 @@ class State:
         unflatten(flat, tensors)
 
     def snapshot(self, pixels: int) -> dict[str, Any]:
-        """A checkpoint's values, copied to the CPU; collective: all ranks call it, those that keep it use it.
+        """Copy a checkpoint's values to the CPU, on the ranks that write checkpoints; {} on the others. Collective.
 
-        These are rank 0's, and the same to the last bit on every node. `pixels` is the resolution last trained at.
+        The values are rank 0's, bit for bit, on every node. `pixels`: the resolution last trained at.
         """
         local = gather(self.local(), self.world)
         communication = self.exchange.snapshot()
         config = self.config.model_dump(mode="json")
         if self.world.own_folders:
-            config = gather_json(config, self.world)[0]  # folders and logs may differ from host to host
+            config = gather_json(config, self.world)[0]  # rank 0's, because folders may differ between hosts
         if not self.world.keeps:
             return {}
         with self.exchange.as_rank_0(communication["own"]):
@@ -159,13 +159,13 @@ class State:
             "history": [dict(record) for record in self.history],
             "members": self.members,
             "seconds": self.seconds,
-            "rng": torch.get_rng_state(),  # nothing draws from it while training; kept for what may come
+            "rng": torch.get_rng_state(),  # nothing draws from it during training yet
         }
 
     def restore(self, payload: dict[str, Any]) -> tuple[str, str]:
-        """Take over a checkpoint's values; returns what has changed since, and what of several ranks is merged.
+        """Restore a checkpoint's values; return the settings that changed since, and what was merged of its ranks.
 
-        Raises UserError where a change may not be.
+        Both are clauses for the log, or empty. Raises UserError where a setting must not change.
         """
         changed = check_resumable(self.config, payload, self.manifest)
         self.net.load_state_dict(payload["model"])
@@ -184,7 +184,7 @@ class State:
         then = Shares.from_saved(payload.get("share"), sum(self.shares.counts), len(local))
         if then.counts == self.shares.counts:
             self._set_local(local[self.world.rank])
-        else:  # another division: the means of the statistics, the sums on rank 0
+        else:  # other ranks or shares: the mean of the statistics, and all sums on rank 0
             row = _mean(local, then)
             row[-3:] = local[:, -3:].sum(0) if self.world.is_main else 0.0
             self._set_local(row)
@@ -192,7 +192,7 @@ class State:
         return changed, merged
 
     def _mean_statistics(self, local: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The running statistics that the ranks' average would leave, by state-dict name."""
+        """The mean of the ranks' running statistics, by state-dict name."""
         mean, found, at = _mean(local, self.shares), {}, 0
         for name, layer in self.net.named_modules():
             if isinstance(layer, nn.BatchNorm2d):
@@ -204,9 +204,9 @@ class State:
 
 
 def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest) -> str:
-    """What has changed since this checkpoint, in words; empty where nothing has.
+    """List the settings that changed since this checkpoint; empty if none did.
 
-    Raises UserError where a run must not go on from it: another data set or other mathematics.
+    Raises UserError if a run must not resume from it, because the data set or the mathematics differ.
     """
     if payload["data"] != manifest.fingerprint:
         raise UserError(
@@ -231,24 +231,24 @@ def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest)
     changed = config.differences(saved)
     fixed = [key for key in changed if {key, key.split(".")[0]} & set(FIXED)]
     extended = set(changed) <= {"epochs"} and config.epochs > payload["config"]["epochs"]
-    told = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+    listing = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
     if changed and not extended and (fixed or not config.checkpoint.accept_changes):
-        remedy = "" if fixed else ", or set checkpoint.accept_changes=true to go on with the new values"
+        remedy = "" if fixed else ", or set checkpoint.accept_changes=true to resume with the new values"
         raise UserError(
-            f"the checkpoint of step {payload['step']} has another configuration ({told}); "
+            f"the checkpoint of step {payload['step']} has another configuration ({listing}); "
             f"give the run another --name{remedy}"
         )
-    return told
+    return listing
 
 
 def _mean(rows: torch.Tensor, shares: Shares) -> torch.Tensor:
-    """The mean over the ranks of [world size, n] running statistics, each as its micro-batches count."""
+    """The mean over the ranks of [world size, n] running statistics, weighted by their micro-batches."""
     weights = [shares.weight(rank) for rank in range(len(rows))]
     return (rows * torch.tensor(weights, dtype=rows.dtype).unsqueeze(1)).mean(0)
 
 
 def _to_cpu(tree: Any) -> Any:
-    """A copy of nested containers, their tensors copied to the CPU."""
+    """Copy nested containers, and their tensors to the CPU."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().cpu().clone()
     if isinstance(tree, dict):
