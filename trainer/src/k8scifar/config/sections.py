@@ -110,7 +110,7 @@ class Checkpoint(Section):
     every_seconds: float = Field(60.0, ge=0.0)
     """Also write one when the last one is older than this, in seconds; 0: never."""
     keep: int = Field(2, ge=1, le=1000)
-    """Number of the newest checkpoints to keep. The best one is also kept."""
+    """Number of the newest checkpoints to keep. The best one that has a checkpoint is also kept."""
     adopt: bool = False
     """Take over a run folder that another release of the chart owns."""
     accept_changes: bool = False

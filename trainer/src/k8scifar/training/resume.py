@@ -151,7 +151,7 @@ def _copy_results(folder: RunFolder, adopt: bool, finished: list[int], world: Wo
         wanted = [file.name for file in offered if not file.is_in(folder.path)] if lacks else []
         if lacks:
             say(f"the run is finished: copying its results from the node of rank {source} to {folder.path}")
-            folder.path.mkdir(parents=True, exist_ok=True)
+            files.make_folder(folder.path)
             ownership.take(folder.path, adopt)
     except OSError as error:
         raise TrainingError(f"{folder.path} can't be used: {error.strerror}; look at its volume") from None

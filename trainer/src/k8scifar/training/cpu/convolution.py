@@ -3,7 +3,9 @@
 In float32, stride 1 uses winograd.py. Else oneDNN convolves image by image, and reads all weights for each image. With
 few pixels and many weights (the last stages of a ResNet at 32 pixels and below) it mostly waits for memory. There the
 patches of all images become the rows of one matrix (im2col), so that the weights are read once. The choice depends on
-shapes and precision, never on a measurement, so that a resumed run computes the same bits.
+shapes, precision and the kind of processor (vendor, instructions, ONEDNN_MAX_CPU_ISA), never on a measurement: a run
+that resumes on the same kind of processor computes the same bits. Another kind may compute another form, which rounds
+differently.
 
 Source: Chellapilla, Puri, Simard, High Performance Convolutional Neural Networks for Document Processing
 (2006).
