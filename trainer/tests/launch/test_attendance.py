@@ -43,6 +43,7 @@ def test_who_has_waited_long_enough_is_taken_back_if_the_group_grows_by_it():
     assert orders.grown([0, 1], {2: 61.0, 3: 100.0}) == [2]
     assert orders.grown([0, 1], {2: 61.0, 3: 241.0}) == [2, 3]
     assert replace(orders, allowed=[2, 4]).grown([0, 1], {2: 61.0, 3: 100.0}) == []
+    assert replace(orders, allowed=[2, 4]).grown([0, 2], {1: 61.0}) == [], "it would only take node 2's place"
 
 
 @pytest.fixture

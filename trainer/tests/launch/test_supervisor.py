@@ -1,4 +1,8 @@
-"""The supervisor: when it starts again, what it waits for, how it ends. Stand-ins for torchrun."""
+"""The supervisor: when it starts again, what it waits for, how it ends. Stand-ins for torchrun.
+
+Shows what follows from an exit code or a silence; that torchrun and the ranks end in these ways is shown by
+test_recovery.py and test_two_hosts.py.
+"""
 
 import json
 import os

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=1800,
         metavar="SECONDS",
-        help="how long a machine other than 0 waits for the data set before it says so, where folders are shared (1800)",
+        help="how long a machine other than 0 waits for a shared folder's data set before it says so (1800)",
     )
     job.add_argument(
         "--shutdown-timeout", type=_count, default=60, metavar="SECONDS", help="time to save after SIGTERM (60)"
@@ -118,8 +118,8 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
     size, wanted = args.nnodes * nproc, config.distributed.world_size
     if wanted not in (None, size):
         raise UserError(
-            f"distributed.world_size is {wanted}, but --nnodes {args.nnodes} with --nproc-per-node {nproc} starts {size} "
-            "ranks; leave it out, or change one of them"
+            f"distributed.world_size is {wanted}, but --nnodes {args.nnodes} with --nproc-per-node {nproc} starts "
+            f"{size} ranks; leave it out, or change one of them"
         )
     args.sets = [*args.sets, f"distributed.world_size={size}"]
     spec = NodeSpec(
