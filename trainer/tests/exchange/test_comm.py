@@ -1,4 +1,4 @@
-"""Ways of communicating: every mode trains and keeps the replicas equal; `auto` chooses well."""
+"""Modes of communication: each trains and keeps the replicas equal; `auto` chooses the right one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHORT = ["epochs=1", "evaluation.tta=false", "checkpoint.keep=9", "distributed.l
 
 @pytest.fixture(scope="module")
 def trained(module_path, tiny_data):
-    """Each mode undisturbed, `auto`, and Muon on one machine and on two: (folder, what was said)."""
+    """Each mode without interruption, `auto`, and Muon on one machine and on two: (folder, log)."""
     trainings = []
     for mode in MODES:
         sets = [*SHORT, f"distributed.comm={mode}", "log.every_steps=1", *["optimizer.name=muon"] * (mode == "int8")]
@@ -51,7 +51,7 @@ def trained(module_path, tiny_data):
 
 
 def test_gradients_sent_to_their_owners_alone_give_the_weights_of_an_all_reduce_bit_for_bit(trained):
-    """Undisturbed, resumed from a checkpoint of its own, and from one of ranks on one machine, which all-reduce."""
+    """Without interruption; resumed; and resumed from a checkpoint of ranks on one machine, which all-reduce."""
     folder, _ = trained
     for name in ("muon-apart", "muon-resumed", "muon-taken-over"):
         assert weights_hash(folder / name) == weights_hash(folder / "muon")
@@ -64,7 +64,7 @@ def test_gradients_sent_to_their_owners_alone_give_the_weights_of_an_all_reduce_
 def test_choice_of_auto_is_kept_and_measuring_changes_nothing(trained):
     folder, said = trained
     told = re.search(r"communication: local-sgd, averaged every 4 steps; an all-reduce .*predicted.*", said)
-    assert auto.COST in told[0], "what it costs"
+    assert auto.COST in told[0]
     assert "communication: local-sgd, averaged every 4 steps; kept from the checkpoint" in said
     assert weights_hash(folder / "auto") == weights_hash(folder / "asked-for")
     assert weights_hash(folder / "auto-resumed") == weights_hash(folder / "asked-for")

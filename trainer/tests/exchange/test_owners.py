@@ -1,4 +1,4 @@
-"""Owners of matrices: three ranks with unequal shares step as one would, also when the owners change."""
+"""Owners of matrices: three ranks with unequal speeds step like one process, also when the owners change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from k8scifar.exchange.formats import Int8
 
 
 def test_three_ranks_step_as_one_and_lose_nothing_when_owners_change(tmp_path):
-    """Exactly, and as bytes with remainders; the assertions are in the ranks."""
+    """In float32, and in int8 with remainders; the assertions are in the ranks."""
     done = run([sys.executable, str(HELPERS / "owner_ranks.py"), str(tmp_path)], timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -40,7 +40,7 @@ def test_byte_format_keeps_what_it_rounds_off_and_tells_what_is_not_finite():
 
 
 def test_a_row_whose_gradients_have_died_stays_finite():
-    """What is rounded off it shrinks from step to step, to numbers whose inverse is infinite."""
+    """Its remainder shrinks from step to step, to numbers whose inverse is infinite."""
     form, matrix, rest = Int8(), torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.bfloat16)
     matrix[0] = torch.linspace(-1.0, 1.0, 8)
     sent, found = torch.empty(form.size(2, 8), dtype=torch.uint8), torch.empty(2, 8)

@@ -1,4 +1,4 @@
-"""Unequal shares of micro-batches: who gets how much, that the mathematics stays, that a resume is bit for bit."""
+"""Unequal shares of micro-batches: the division, unchanged mathematics, and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TWICE = [2.0, 4.0]  # seconds of a micro-batch: rank 1 takes twice as long
 
 @pytest.fixture(scope="module")
 def trained(module_path, tiny_data):
-    """Four micro-batches as 2 + 2 and as 3 + 1, in several modes, and resumed: (folder, what was said)."""
+    """Four micro-batches as 2 + 2 and as 3 + 1, in several modes, and resumed: (folder, log)."""
     sgd = [*SETS, "distributed.comm=allreduce", "epochs=2"]
     muon = [*SETS, "distributed.comm=allreduce", "optimizer.name=muon"]
     trainings = [
@@ -72,7 +72,7 @@ def test_resume_with_unequal_shares_is_bit_for_bit(trained, mode):
 
 @pytest.mark.slow
 def test_bf16_takes_unequal_shares(trained):
-    """The first step's gradients are all-reduce's; with a rank's weighed wrong they would not be."""
+    """The first step's gradients equal all-reduce's; a wrong weight of a rank would change them."""
     folder, _ = trained
     assert saved(folder / "bf16-divided", CUT_AT)["share"]["counts"] == [3, 1]
     exact, rounded = (torch.load(folder / f"{name}.gradients") for name in ("sgd", "bf16-divided"))
@@ -81,7 +81,7 @@ def test_bf16_takes_unequal_shares(trained):
 
 @pytest.mark.slow
 def test_running_statistics_count_micro_batches_alike(trained):
-    """What equal shares leave, though rank 0 has seen three micro-batches of four: closest where rounding is least."""
+    """They equal those of equal shares; compared in the first layer, where rounding is least."""
     equal, unequal = (saved(trained[0] / name, CUT_AT)["model"] for name in ("sgd", "sgd-divided"))
     for name in ("bn1.running_mean", "bn1.running_var"):
         torch.testing.assert_close(unequal[name], equal[name], rtol=1e-4, atol=1e-6)
@@ -145,7 +145,7 @@ def every_division(micro_batches, ranks):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_no_other_division_makes_a_shorter_step(ranks):
-    """What no rank is spared is counted in."""
+    """With the time of the plain step, which does not depend on the share."""
     torch.manual_seed(0)
     for _ in range(40):
         own, updates, rest = ((torch.rand(ranks) + 0.2).tolist() for _ in range(3))
@@ -176,7 +176,7 @@ def test_more_ranks_than_micro_batches_are_refused():
 
 
 def test_equal_shares_weigh_exactly_one():
-    """So that what was bit for bit before there were shares stays so."""
+    """So that runs with equal shares keep the bits of releases without shares."""
     for micro_batches, ranks in ((2, 2), (6, 3), (21, 7), (12, 4)):
         divided = Shares(shares.equal(micro_batches, ranks))
         assert divided.mean == micro_batches // ranks
@@ -245,7 +245,7 @@ def test_ranks_of_one_machine_share_its_speed():
 
 
 class Clock:
-    """Ranks that compute and then wait: what `total` says after each further step of a resolution."""
+    """A step clock of ranks that compute and then wait: `total` after each further step of a resolution."""
 
     def __init__(self) -> None:
         self.steps = {8: 0, 12: 0}

@@ -1,12 +1,14 @@
 """One rank of runs.train_in_turn, under torchrun: several trainings one after the other, to import torch only once.
 
-Arguments: a JSON file of trainings, each {"port", "arguments", "cut"}. With "apart" the ranks believe that each has a
-host; with "slow" also, once they have measured the wire, that it is a slow one. With "speeds" (seconds of a
-micro-batch by rank) each believes that it has a host, and that these were measured; "later" holds what it is to
-believe at the end of each epoch, and the gradients of the first step are kept. With "cut": {"from", "to", "step"}
-rank 0 first copies a finished run's folder as a crash would leave it after that step. Each rank's hash of its own
-weights at the end of each epoch and of the run, and after each averaging of local SGD, is added to hashes.RANK beside
-the file.
+Argument: a JSON file of trainings, each {"port", "arguments", "cut"} and optionally:
+- "apart": each rank has its own host;
+- "slow": so, and the measured wire is replaced by a slow one;
+- "speeds": so, and the measured seconds of a micro-batch are replaced by these, by rank; the gradients of the first
+  step are kept;
+- "later": the same for the end of each epoch.
+With "cut": {"from", "to", "step"} rank 0 first copies a finished run's folder, without all that came after that step.
+Each rank appends a hash of its weights to hashes.RANK at the end of each epoch and of the run, and after each averaging
+of local SGD.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from k8scifar.training import checkpoint, ending, epochs, loop, opening, rank_sp
 
 
 def note(parameters, label: str) -> None:
-    """Write down what this rank's weights are."""
+    """Append a hash of this rank's weights."""
     digest = hashlib.sha256()
     for parameter in parameters:
         digest.update(parameter.detach().contiguous().numpy().tobytes())
@@ -51,7 +53,7 @@ def noted(function):
 
 
 def noted_when_averaged(method):
-    """`method` of LocalSGD, which also notes the weights afterwards, and holds them against the exact mean."""
+    """`method` of LocalSGD, which also notes the weights afterwards and compares them with the exact mean."""
 
     def wrapper(mode):
         exact = [parameter.detach().clone() for parameter in mode._parameters]
@@ -66,7 +68,7 @@ def noted_when_averaged(method):
 
 
 def slow(measure):
-    """`measure` of wire, done for real, its outcome put aside."""
+    """Call `measure_modes`, and return the times of a slow wire instead."""
 
     def wrapper(*arguments):
         found = measure(*arguments)
@@ -77,7 +79,7 @@ def slow(measure):
 
 
 def told(measure, seconds):
-    """`measure` of each rank alone, done for real, its outcome put aside."""
+    """Call `measure_speeds`, and return these seconds of a micro-batch instead."""
 
     def wrapper(trial, pixels):
         before = [tensor.clone() for tensor in trial.ddp.state_dict().values()]
@@ -90,7 +92,7 @@ def told(measure, seconds):
 
 
 def as_told(timed):
-    """`timed` of choice: the steps are taken, and what the told speeds promise is what they take."""
+    """Call `measure_step`, and return the seconds that the replaced speeds predict instead."""
 
     def wrapper(trial, mode, divided):
         assert timed(trial, mode, divided) > 0
@@ -100,7 +102,7 @@ def as_told(timed):
 
 
 def keeping_gradients(update):
-    """`update` of the loop; rank 0 keeps the gradients that the first one is taken by, where speeds were told."""
+    """`update` of the loop; rank 0 keeps the gradients of the first step, if speeds are replaced."""
 
     def wrapper(session):
         if session.state.step == 0 and trials.measure_speeds is not measure_speeds:
@@ -116,7 +118,7 @@ def keeping_gradients(update):
 
 
 def whole(parameter, owners) -> torch.Tensor:
-    """A parameter's gradient as its owner, if it has one, holds it."""
+    """A parameter's mean gradient, which only its owner holds, if it has one."""
     gradient = parameter.grad.flatten()
     if owners and parameter in owners.owner:
         torch.distributed.broadcast(gradient, owners.owner[parameter])
@@ -124,7 +126,7 @@ def whole(parameter, owners) -> torch.Tensor:
 
 
 def scaled(*_) -> Precision:
-    """In place of resolve_precision: loss scaling, without fp16's arithmetic, which takes a CPU minutes."""
+    """Replace resolve_precision: loss scaling without fp16's arithmetic, which takes minutes on a CPU."""
     return Precision("fp16")
 
 

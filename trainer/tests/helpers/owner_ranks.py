@@ -1,4 +1,4 @@
-"""Three ranks of test_owners.py, forked: one import of torch. Argument: an empty folder."""
+"""Three ranks of test_owners.py, forked to import torch only once. Argument: an empty folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def backward(net: nn.Module, rank: int, step: int) -> None:
 
 
 def exact(world: World) -> None:
-    """Against one process that adds all ranks' gradients up in their order and steps alone."""
+    """Compare with one process that adds all ranks' gradients in their order."""
     (net, optimizer), (alone, reference) = build(), build()
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True)
     exchange = modes.build("allreduce", 1, world, ddp, optimizer)
@@ -71,7 +71,7 @@ def exact(world: World) -> None:
 
 
 def rounded(world: World) -> None:
-    """Whatever was rounded off is still there: the sums of gradients and of directions are what they should be."""
+    """No remainder is lost: the sums of gradients and of directions are correct."""
     net, optimizer = build()
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True)
     exchange = modes.build("int8", 1, world, ddp, optimizer)
@@ -123,7 +123,7 @@ def rounded(world: World) -> None:
 
 
 def resumed(world: World, saved: dict[str, Any], left: list[torch.Tensor]) -> None:
-    """Another process has each rank's own remainders from a snapshot, and the owners' that all hold."""
+    """A snapshot restores each rank's remainders of gradients, and the owners' remainders on all ranks."""
     box = [saved]
     dist.broadcast_object_list(box, 0)  # as `find` gives every rank what rank 0 has read
     net, optimizer = build()

@@ -1,7 +1,7 @@
 """One rank of test_drift.py, under torchrun: arguments FILE ENVIRONMENTS OPTIONS..., a JSON list of one a rank.
 
-Starts again with this rank's environment, under which its torch computes as on another processor, then trains. What
-the weights are at the end of each epoch is added to FILE.RANK.
+Start again with this rank's environment, in which torch computes as on another processor, and train. Append a hash of
+the weights to FILE.RANK before and after the end of each epoch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ RANK = int(os.environ["RANK"])
 
 
 def main() -> int:
-    """Train, noting the weights as they are before and after each epoch's end."""
+    """Train, and note the weights before and after each epoch's end."""
     from k8scifar.cli import main as command
     from k8scifar.training import epochs
 
@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def note(state, label: str) -> None:
-    """Write down a hash of the weights."""
+    """Append a hash of the weights."""
     digest = hashlib.sha256()
     for parameter in state.net.parameters():
         digest.update(parameter.detach().contiguous().numpy().tobytes())

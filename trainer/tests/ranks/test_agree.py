@@ -1,4 +1,4 @@
-"""What three ranks agree on: flags that any raises, means, a mistake of one that is everybody's, facts that differ."""
+"""Agreements of three ranks: flags that any rank raises, means, a mistake on one rank, facts that differ."""
 
 from __future__ import annotations
 

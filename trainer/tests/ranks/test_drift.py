@@ -1,4 +1,4 @@
-"""Unlike processors in one training: replicas that drift are found out, told, and made equal again."""
+"""Different processors in one training: replicas that drift are detected, reported, and made equal again."""
 
 from __future__ import annotations
 

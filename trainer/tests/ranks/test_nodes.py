@@ -1,4 +1,4 @@
-"""Nodes with folders of their own: what travels between their ranks, and that all keep the same bytes."""
+"""Nodes with separate folders: the files that their ranks exchange, and equal bytes on all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WITHIN = [*SHORT, "checkpoint.every_steps=4", "distributed.local_sgd_steps=3"]
 
 @pytest.fixture
 def nodes(tmp_path, tiny_data):
-    """``nodes(trainings)``: two ranks with folders of their own; returns their exit codes and what was said."""
+    """``nodes(trainings)``: two ranks with separate folders; returns their exit codes and logs."""
     shutil.copytree(tiny_data, tmp_path / "data-0")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
 
@@ -64,7 +64,7 @@ def test_a_broken_transfer_goes_on_and_both_keep_the_same_bytes_or_say_so(nodes,
 
 
 def test_a_data_set_that_another_node_gave_is_replaced_and_a_node_s_own_is_not(nodes, tmp_path):
-    """Trainings that end right after the data set is there: the global batch is too large for it."""
+    """Trainings that end after the data set has arrived, because the global batch is too large for it."""
     prepare(tmp_path / "data-1", "synthetic:300:100")
     ends = [*SHORT, "global_batch=700"]
     codes, said = nodes(

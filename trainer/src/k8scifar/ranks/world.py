@@ -39,7 +39,6 @@ class World:
     host_group: Any  # gloo group for host-side agreements; None if the default group is gloo
     heartbeats: Heartbeats
     timeout: float  # seconds that a collective waits for a silent rank
-    node: int = 0
     own_folders: bool = False  # whether each node has separate data and runs folders
 
     @property
@@ -93,9 +92,8 @@ def join(config: Config, run_dir: Path | None = None) -> Iterator[World]:
     heartbeats = Heartbeats(rank, size)
     try:
         group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
-        here = {"node": node_of_this_rank(), "own_folders": config.distributed.storage == "local"}
-        world = World(rank, size, local_rank, local_size, device, backend, group, heartbeats, seconds, **here)
-        yield world
+        own_folders = config.distributed.storage == "local"
+        yield World(rank, size, local_rank, local_size, device, backend, group, heartbeats, seconds, own_folders)
     except RuntimeError as error:
         # Destroying the process group would wait for the lost peer.
         if failures.is_peer_failure(error, size):
