@@ -23,10 +23,16 @@ LARGE = 2**14  # numbers in a matrix that int8 rounds
 class OwnerExchange(Exchange):
     """Each matrix has an owner, which computes what all ranks then receive.
 
-    With Muon that is the matrix's direction, and only the owner holds its momentum. With SGD it is the mean gradient.
+    With Muon that is the matrix's direction, and only the owner holds its momentum. With SGD (int8) it is the mean
+    gradient. One step with Muon between machines:
 
-    Gradients that are not rounded go to owners only between machines without GPUs; elsewhere an all-reduce is faster.
-    int8 keeps what it rounds off: each rank adds it to its next gradient, and an owner to its next result.
+    1. During the backward pass, DDP calls `Owners.send` with each bucket: gradients start towards their owners.
+    2. `Muon.step` calls `_compute_directions`. For each of its matrices an owner waits for the gradients, adds them
+       up, computes the direction and starts sending it (`Owners.spread`).
+    3. Every rank waits for all directions, and `Muon.step` applies them.
+
+    On one machine and on GPUs an all-reduce replaces 1, unless the mode is int8, which keeps what it rounds off: each
+    rank adds it to its next gradient, and an owner to its next result.
     """
 
     def __init__(
