@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
-from k8scifar.exchange.formats import Float32, padded
+from k8scifar.exchange.formats import padded
 
 
 class Layout:
@@ -27,29 +25,6 @@ class Layout:
         begin = self.lengths[rank]
         self.places[rank][parameter] = slice(begin, begin + size)
         self.lengths[rank] += padded(size)
-
-    @classmethod
-    def of_gradients(
-        cls, parameters: Iterable[nn.Parameter], owner: dict[nn.Parameter, int], form: Float32, ranks: int
-    ) -> Layout:
-        """The messages of one bucket. A gradient goes to its owner in `form`; without one, to all ranks in float32."""
-        layout = cls(ranks)
-        for parameter in parameters:
-            if parameter in owner:
-                layout.add(owner[parameter], parameter, form.size(*rows(parameter).shape))
-                continue
-            for rank in range(ranks):
-                layout.add(rank, parameter, 4 * parameter.numel())
-        return layout
-
-    @classmethod
-    def of_results(cls, parts: list[list[nn.Parameter]], form: Float32) -> Layout:
-        """The messages in which each rank (a part each) sends its results in `form`."""
-        layout = cls(len(parts))
-        for rank, part in enumerate(parts):
-            for parameter in part:
-                layout.add(rank, parameter, form.size(*rows(parameter).shape))
-        return layout
 
 
 def stored(tensor: torch.Tensor) -> torch.Tensor:

@@ -69,9 +69,7 @@ class Owners:
         self._messages: list[_Message] = []
         self._added: set[nn.Parameter] = set()  # owned here; this rank's former remainder is in the gradient already
         self._buckets: dict[tuple[int, ...], Layout] = {}  # by the ids of a bucket's parameters
-        self._rounds = [
-            Layout.of_results(parts, formats.back) for parts in _rounds(matrices, costs, owners, world.size)
-        ]
+        self._rounds = _rounds(matrices, costs, owners, formats.back, world.size)
 
     @torch.no_grad()
     def send(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -100,11 +98,16 @@ class Owners:
         return done
 
     def _layout(self, parameters: list[nn.Parameter]) -> Layout:
-        """The layout of a bucket, built at its first step."""
+        """The layout of a bucket, built at its first step: a gradient goes to its owner, or without one to all."""
         key = tuple(map(id, parameters))
         if key not in self._buckets:
-            form, ranks = self._formats.there, self._world.size
-            self._buckets[key] = Layout.of_gradients(parameters, self.owner, form, ranks)
+            layout = self._buckets[key] = Layout(self._world.size)
+            for parameter in parameters:
+                if parameter in self.owner:
+                    layout.add(self.owner[parameter], parameter, self._formats.there.size(*rows(parameter).shape))
+                    continue
+                for rank in range(self._world.size):
+                    layout.add(rank, parameter, Float32().size(1, parameter.numel()))
         return self._buckets[key]
 
     def _write(self, parameter: nn.Parameter, gradient: torch.Tensor, out: torch.Tensor) -> None:
@@ -223,14 +226,14 @@ def move(world: World, tensors: list[torch.Tensor], sources: list[int], targets:
 
 
 def _rounds(
-    matrices: list[nn.Parameter], costs: Sequence[float], owners: list[int], ranks: int
-) -> list[list[list[nn.Parameter]]]:
-    """Divide each rank's matrices into ROUNDS parts of about equal work, in the order of the backward pass."""
-    divided: list[list[list[nn.Parameter]]] = [[[] for _ in range(ranks)] for _ in range(ROUNDS)]
+    matrices: list[nn.Parameter], costs: Sequence[float], owners: list[int], form: Float32, ranks: int
+) -> list[Layout]:
+    """Divide each rank's results into ROUNDS messages of about equal work, in the order of the backward pass."""
+    layouts = [Layout(ranks) for _ in range(ROUNDS)]
     whole = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(ranks)]
     done = [0.0] * ranks
     for parameter, cost, owner in reversed(list(zip(matrices, costs, owners, strict=True))):
         part = min(int(ROUNDS * done[owner] / whole[owner]), ROUNDS - 1) if whole[owner] else 0
-        divided[part][owner].append(parameter)
+        layouts[part].add(owner, parameter, form.size(*rows(parameter).shape))
         done[owner] += cost
-    return divided
+    return layouts

@@ -150,26 +150,21 @@ def modes_to_try(precision: str) -> list[str]:
 
 def _repeated(work: Callable[[], Any], world: World, known: float = 0.0) -> float:
     """Seconds on the slowest rank: the least of three trials, or the first if it takes LONG_TRIAL more than `known`."""
-    first = _slowest(_seconds(work, world), world)
-    if first > LONG_TRIAL + known:
-        return first
-    return min(first, *(_slowest(_seconds(work, world), world) for _ in range(2)))
+    first = _slowest(work, world)
+    return first if first > LONG_TRIAL + known else min(first, _slowest(work, world), _slowest(work, world))
+
+
+def _slowest(work: Callable[[], Any], world: World) -> float:
+    """Seconds on the slowest rank; collective."""
+    value = torch.tensor([_seconds(work, world)], dtype=torch.float64)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=world.host_group)
+    return value.item()
 
 
 def _seconds(work: Callable[[], Any], world: World) -> float:
-    _synchronize(world)
+    synchronize = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
+    synchronize()
     begun = time.perf_counter()
     work()
-    _synchronize(world)
+    synchronize()
     return time.perf_counter() - begun
-
-
-def _synchronize(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _slowest(seconds: float, world: World) -> float:
-    value = torch.tensor([seconds], dtype=torch.float64)
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=world.host_group)
-    return value.item()
