@@ -104,7 +104,7 @@ def test_fingerprint_sees_what_ranks_must_share_and_nothing_else():
 def test_what_decides_the_weights_is_a_difference_and_must_be_alike_on_all_ranks(change):
     base, other = loading.load(), loading.load(sets=[change])
     assert list(other.differences(base.identity())) == [change.partition("=")[0]]
-    assert other.shared() != base.shared() and other.fingerprint() != base.fingerprint()
+    assert other.common() != base.common() and other.fingerprint() != base.fingerprint()
 
 
 def test_places_and_logs_may_differ_from_rank_to_rank():
@@ -117,7 +117,7 @@ def test_places_and_logs_may_differ_from_rank_to_rank():
         "distributed.interface=eth7",
     ]
     base, other = loading.load(), loading.load(sets=sets)
-    assert other.shared() == base.shared() and other.differences(base.identity()) == {}
+    assert other.common() == base.common() and other.differences(base.identity()) == {}
 
 
 def test_config_command_prints_what_load_resolves():
