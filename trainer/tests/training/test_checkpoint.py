@@ -90,8 +90,8 @@ def test_a_late_process_writes_no_checkpoint_and_stores_the_reason(tmp_path):
 
 def test_the_best_is_the_first_of_equally_good_epochs():
     history = [{"step": step, "test_accuracy": accuracy} for step, accuracy in ((6, 0.5), (12, 0.7), (18, 0.7))]
-    assert evaluated.best_step(history) == 12
-    assert evaluated.best_step([*history[:1], {"step": 12}]) == 6
+    assert evaluated.best_first(history) == [12, 18, 6]
+    assert evaluated.best_first([*history[:1], {"step": 12}]) == [6]
 
 
 def test_failed_write_warns_and_keeps_older_files(tmp_path):
