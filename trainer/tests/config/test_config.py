@@ -1,4 +1,4 @@
-"""The configuration: precedence, and each mistake answered with the key's path and what would be right."""
+"""The configuration: precedence, and an error with the key's path and the correct form for each mistake."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_precedence_defaults_recipe_file_set(tmp_path):
     assert config.model.name == "resnet18"
 
 
-def test_file_can_name_its_recipe_and_command_line_wins(tmp_path):
+def test_file_can_set_its_recipe_and_the_command_line_wins(tmp_path):
     path = tmp_path / "user.yaml"
     path.write_text("recipe: standard\n")
     assert loading.load(path).recipe == "standard"
@@ -104,7 +104,7 @@ def test_fingerprint_sees_what_ranks_must_share_and_nothing_else():
 def test_what_decides_the_weights_is_a_difference_and_must_be_alike_on_all_ranks(change):
     base, other = loading.load(), loading.load(sets=[change])
     assert list(other.differences(base.identity())) == [change.partition("=")[0]]
-    assert other.shared() != base.shared() and other.fingerprint() != base.fingerprint()
+    assert other.common() != base.common() and other.fingerprint() != base.fingerprint()
 
 
 def test_places_and_logs_may_differ_from_rank_to_rank():
@@ -117,7 +117,7 @@ def test_places_and_logs_may_differ_from_rank_to_rank():
         "distributed.interface=eth7",
     ]
     base, other = loading.load(), loading.load(sets=sets)
-    assert other.shared() == base.shared() and other.differences(base.identity()) == {}
+    assert other.common() == base.common() and other.differences(base.identity()) == {}
 
 
 def test_config_command_prints_what_load_resolves():
@@ -134,7 +134,7 @@ def test_schema_is_closed_and_documents_every_field():
             assert field.get("description") or "$ref" in field, f"{name} is undocumented"
 
 
-def test_a_configuration_that_a_former_version_wrote_still_loads(tmp_path):
+def test_a_configuration_of_an_earlier_release_still_loads(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("ema: {decay: 0.0}\ndata: {source: auto}\ndistributed: {powersgd_rank: 4, comm: bf16}\n")
     assert loading.load(path) == loading.load(sets=["distributed.comm=bf16"])

@@ -1,7 +1,6 @@
-"""A setting that is accepted is read: each key of the configuration has a place in the code that asks for its value.
+"""Each key of the configuration is read somewhere in the code.
 
-Shows that a key is asked for somewhere. Not that every command, device and mode heeds it: the key's description says
-which do.
+Not every command, device and mode reads every key; the keys' descriptions list the exceptions.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from k8scifar.inference.evaluate import READ
 
 PACKAGE = REPOSITORY / "trainer/src/k8scifar"
 NAMES = {"settings": "", "config": "", "self": ""}  # variables that hold the configuration or one of its sections
-WHOLE = {"augment"}  # handed on as keyword arguments, which a wrong name would break
+WHOLE = {"augment"}  # passed as keyword arguments, so that a wrong name fails
 
 
 def asked_for() -> set[tuple[str, str]]:
-    """(what it is asked of, key) of each attribute that the code reads."""
+    """(object, key) of each attribute that the code reads."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -34,7 +33,7 @@ def asked_for() -> set[tuple[str, str]]:
     return found
 
 
-def test_each_key_is_asked_for():
+def test_each_key_is_read():
     asked = asked_for()
     keys = [key.rpartition(".") for key in _all_keys(Config) if key.split(".")[0] not in WHOLE]
     unread = [".".join((section, name)) for section, _, name in keys if not asked & {(section, name), ("", name)}]

@@ -1,4 +1,4 @@
-"""Every recipe runs, and the real pictures are learnt."""
+"""Every recipe runs, and two ranks learn the real pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARCHIVE = Path(os.environ.get("K8SCIFAR_TEST_ARCHIVE", REPOSITORY.parent / "shar
 
 @pytest.mark.parametrize("recipe", loading.recipe_names())
 def test_recipe_trains_evaluates_and_exports(recipe, tmp_path):
-    """One epoch of 120 pictures, with the recipe's own network, resolution, optimiser and augmentation."""
+    """One epoch of 120 pictures, with the recipe's network, resolution, optimiser and augmentation."""
     prepare(tmp_path / "data", "synthetic:120:30")
     small = ("--set", "epochs=1", "--set", "global_batch=40", "--set", "micro_batch=20", "--set", "hardware.threads=1")
     paths = ("--data-dir", str(tmp_path / "data"), "--runs-dir", str(tmp_path / "runs"))
@@ -54,6 +54,6 @@ def test_two_ranks_learn_the_real_pictures(tmp_path):
     with tarfile.open(tmp_path / "part.tar") as part:
         ship = next(member for member in part if "test/ship" in member.name)
         (tmp_path / "ship.jpg").write_bytes(part.extractfile(ship).read())
-    told = cli("predict", str(tmp_path / "runs" / "real"), str(tmp_path / "ship.jpg"))
-    assert told.returncode == 0, told.stderr
-    assert "%" in told.stdout
+    done = cli("predict", str(tmp_path / "runs" / "real"), str(tmp_path / "ship.jpg"))
+    assert done.returncode == 0, done.stderr
+    assert "%" in done.stdout

@@ -1,6 +1,6 @@
-"""One rank of test_compile.py, under torchrun: arguments FILE OPTIONS..., trains with OPTIONS and counts the graphs.
+"""One rank of test_compile.py, under torchrun: train with OPTIONS and count the graphs.
 
-Each rank writes how many graphs torch.compile made to FILE.RANK.
+Arguments: FILE OPTIONS... Each rank writes the number of torch.compile's graphs to FILE.RANK.
 """
 
 from __future__ import annotations

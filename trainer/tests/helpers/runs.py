@@ -1,4 +1,4 @@
-"""Trainings for tests: their settings, their command lines, what they leave."""
+"""Trainings for tests: settings, command lines, results."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
-# Tests mean the CPU, whatever the machine has; those marked `gpu` give their processes GPU_ENVIRONMENT.
-# Kept under another name, for xdist's workers find the former one hidden already.
+# Tests run on the CPU; those marked `gpu` pass GPU_ENVIRONMENT to their processes. K8SCIFAR_TEST_GPUS keeps the value,
+# because xdist's workers start with CUDA_VISIBLE_DEVICES already empty.
 GPU_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": os.environ.setdefault("K8SCIFAR_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 }
@@ -31,7 +31,7 @@ TINY = {
     "log": {"every_seconds": 0.5, "every_steps": 3},
 }
 HELPERS = Path(__file__).parent
-CUT_AT = 4  # steps of a training that `train_in_turn` resumes, unless the training says otherwise
+CUT_AT = 4  # steps before the cut of a training that `train_in_turn` resumes, if its `cut_at` is not set
 
 
 def train_command(ranks: int, config: Path, data: Path, runs: Path, name: str, *arguments: str) -> list[str]:
@@ -50,7 +50,7 @@ def run(command: list[str], timeout: float = 240, **options) -> subprocess.Compl
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody uses."""
+    """Unused TCP ports."""
     probes = [socket.socket() for _ in range(count)]
     for probe in probes:
         probe.bind(("127.0.0.1", 0))
@@ -89,7 +89,7 @@ def cli(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 def history(folder: Path) -> list[dict]:
-    """metrics.jsonl of a run folder, without what differs between two equal runs: times."""
+    """metrics.jsonl of a run folder without the times, which differ between equal runs."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         del record["images_per_second"], record["seconds"], record["checkpoint_seconds"]
@@ -98,5 +98,5 @@ def history(folder: Path) -> list[dict]:
 
 
 def weights_hash(folder: Path) -> str:
-    """sha256 of a finished run's weights, as its summary has it."""
+    """sha256 of a finished run's weights, from its summary."""
     return json.loads((folder / "summary.json").read_text())["weights_sha256"]

@@ -68,7 +68,7 @@ def test_shorter_training_is_offered_to_processors_without_bf16(device, precisio
     assert ("--set epochs=1" in hint) == offered
 
 
-def test_step_of_the_first_bad_loss_is_told_however_late_it_is_noticed(monkeypatch):
+def test_error_has_the_step_of_the_first_bad_loss_however_late_it_is_detected(monkeypatch):
     state = State.__new__(State)
     state.first_bad = torch.zeros((), dtype=torch.int64)
     for step, loss in enumerate([1.0, 2.0, float("nan"), float("inf"), 1.0], start=1):

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not used, safe to load, pruned with care."""
+"""Checkpoint files: verified before use, safe to load, pruned after the next is on the disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_round_trip_with_torchs_safe_loader(tmp_path):
     assert torch.load(path, weights_only=True)["weights"][0] == 7.0
 
 
-def test_newest_are_kept_and_the_best_besides(tmp_path):
+def test_the_newest_and_the_best_are_kept(tmp_path):
     write(tmp_path, [1, 2], keep=2, best_first=[2, 1])
     write(tmp_path, [3, 4, 5], keep=2, best_first=[2, 1])
     assert steps_of(tmp_path) == [5, 4, 2]
@@ -50,7 +50,7 @@ def test_the_best_of_the_epochs_that_left_a_checkpoint_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other bytes"])
-def test_damaged_file_is_named_and_the_one_before_is_used(tmp_path, damage):
+def test_damaged_file_is_reported_and_the_one_before_it_is_used(tmp_path, damage):
     write(tmp_path, [1, 2])
     newest = listed(tmp_path)[0]
     content = bytearray(newest.read_bytes())
@@ -77,7 +77,7 @@ def test_hostile_file_runs_no_code(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_late_process_writes_no_checkpoint_and_remembers_why(tmp_path):
+def test_a_late_process_writes_no_checkpoint_and_stores_the_reason(tmp_path):
     def check() -> None:
         raise Superseded("late")
 
@@ -90,11 +90,11 @@ def test_a_late_process_writes_no_checkpoint_and_remembers_why(tmp_path):
 
 def test_the_best_is_the_first_of_equally_good_epochs():
     history = [{"step": step, "test_accuracy": accuracy} for step, accuracy in ((6, 0.5), (12, 0.7), (18, 0.7))]
-    assert evaluated.best_step(history) == 12
-    assert evaluated.best_step([*history[:1], {"step": 12}]) == 6
+    assert evaluated.best_first(history) == [12, 18, 6]
+    assert evaluated.best_first([*history[:1], {"step": 12}]) == [6]
 
 
-def test_failed_write_warns_and_keeps_what_is_there(tmp_path):
+def test_failed_write_warns_and_keeps_older_files(tmp_path):
     write(tmp_path, [1])
     before = listed(tmp_path)
     said = []

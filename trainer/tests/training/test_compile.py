@@ -1,7 +1,7 @@
-"""hardware.compile: the same training, a graph a resolution, and one line where the machine can't compile.
+"""hardware.compile: the same training, one graph for each resolution, one line where the machine can't compile.
 
-Shows the graphs that Dynamo traces and their losses, by a backend that compiles nothing; not that Inductor's code
-computes the same, which test_gpu.py asks on a GPU.
+A backend that compiles nothing shows the graphs that Dynamo traces, and their losses. test_gpu.py tests Inductor's code
+on a GPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_two_ranks_of_two_micro_batches_train_alike_compiled_in_a_graph_a_resolu
         ("cpu", {"/opt/c++"}, {"CXX": "/opt/c++"}, ""),
     ],
 )
-def test_missing_compiler_is_told_before_the_first_step(device, there, environment, lacks, monkeypatch):
+def test_missing_compiler_is_reported_before_the_first_step(device, there, environment, lacks, monkeypatch):
     for name in ("CC", "CXX", "K8SCIFAR_COMPILE_BACKEND"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -61,9 +61,9 @@ def test_missing_compiler_is_told_before_the_first_step(device, there, environme
         monkeypatch.setattr(Path, "exists", lambda path: True)
         compiling.check(config, torch.device(device), which)
         return
-    with pytest.raises(RankError, match=lacks) as told:
+    with pytest.raises(RankError, match=lacks) as error:
         compiling.check(config, torch.device(device), which)
-    assert "set hardware.compile=false" in str(told.value)
+    assert "set hardware.compile=false" in str(error.value)
     compiling.check(loading.load(), torch.device(device), which)
 
 

@@ -1,4 +1,4 @@
-"""Convolutions in other forms than torch's: its results, and the same form for the same shapes."""
+"""The CPU's convolutions: torch's results, and the same form for the same shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALWAYS, NEVER = (0, 0), (10**9, 10**9)
 
 @pytest.fixture
 def forms(monkeypatch):
-    """Set from how many channels a pixel on products are taken, and from how many on Winograd's form."""
+    """Set the channels a pixel from which products are used, and the channels from which Winograd's form is."""
     monkeypatch.setattr(convolution, "MEASURED", True)
 
     def settle(form: tuple[int, int], fewest: float = math.inf) -> None:
@@ -51,7 +51,7 @@ def test_outputs_and_gradients_are_those_of_torch(forms, form, stride, size):
 
 @pytest.mark.parametrize("at_once", [1, 20_000, winograd.AT_ONCE])
 @pytest.mark.parametrize("size", [(2, 2), (2, 5), (3, 3), (4, 4), (7, 6), (8, 9), (16, 16)])
-def test_with_fewer_multiplications_they_are_those_of_torch_too(forms, monkeypatch, size, at_once):
+def test_with_fewer_multiplications_they_are_also_those_of_torch(forms, monkeypatch, size, at_once):
     """Tiles of 2, 3 and 4 pixels, whole and cut, and images one by one, several and all together."""
     torch.manual_seed(1)
     monkeypatch.setattr(winograd, "AT_ONCE", at_once)
@@ -66,7 +66,7 @@ def test_with_fewer_multiplications_they_are_those_of_torch_too(forms, monkeypat
 
 
 def test_fewer_multiplications_cost_little_precision(forms):
-    """About eight times what torch's own form rounds off in float32; bf16 rounds off a thousand times as much."""
+    """About eight times the rounding error of torch's form in float32; that of bf16 is a thousand times larger."""
     torch.manual_seed(1)
     own = nn.Conv2d(64, 64, 3, 1, 1, bias=False).to(memory_format=torch.channels_last)
     images = torch.randn(8, 64, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
@@ -80,7 +80,7 @@ def test_fewer_multiplications_cost_little_precision(forms):
 
 @pytest.mark.parametrize("fewest", [1, math.inf], ids=["fewer multiplications", "products"])
 def test_in_bf16_both_forms_round_alike(forms, fewest):
-    """Each is as near to the float32 result as the other."""
+    """Both are equally near to the float32 result."""
     torch.manual_seed(1)
     own = nn.Conv2d(64, 128, 3, 1, 1, bias=False).to(memory_format=torch.channels_last)
     mine = convolution.Convolution(own)
@@ -139,7 +139,7 @@ def test_the_form_depends_on_shape_and_precision_alone(forms, monkeypatch):
         ("AuthenticAMD", "avx2", "ALL", "slow bf16"),
     ],
 )
-def test_what_the_processor_has_is_what_is_asked(monkeypatch, tmp_path, vendor, features, most, kind):
+def test_features_of_the_processor_decide(monkeypatch, tmp_path, vendor, features, most, kind):
     convolution._fast_bf16.cache_clear()
     (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\nflags\t\t: {features}\n")
     found = functools.partial(machine.fast_bf16, tmp_path / "cpuinfo")
@@ -150,5 +150,5 @@ def test_what_the_processor_has_is_what_is_asked(monkeypatch, tmp_path, vendor, 
     convolution._fast_bf16.cache_clear()
 
 
-def test_a_machine_that_does_not_tell_has_no_fast_bf16(tmp_path):
+def test_a_machine_without_cpuinfo_has_no_fast_bf16(tmp_path):
     assert not machine.fast_bf16(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""Test-time augmentation: the mean over the views that it says, on the same images."""
+"""Test-time augmentation is the mean of the logits of its views."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from k8scifar.training.evaluation import SHIFT, evaluate
 
 @pytest.mark.parametrize("pixels", [32, 24])
 def test_accuracies_with_more_views_are_those_of_the_weighted_logits(pixels):
-    """A random linear model of 500 random images: two views, and six of which the shifted four weigh half as much."""
-    import_torchvision()  # before torchmetrics does, as a rank has when it builds its model
+    """A random linear model of 500 random images: two views, and six, of which the shifted four weigh half as much."""
+    import_torchvision()  # before torchmetrics imports it, as in a rank
     torch.manual_seed(0)
     pictures = torch.randint(0, 256, (500, 32, 32, 3), dtype=torch.uint8)
     images = Images(pictures, torch.arange(500) % 3, [0.5] * 3, [0.2] * 3, border=SHIFT)
@@ -37,4 +37,4 @@ def test_accuracies_with_more_views_are_those_of_the_weighted_logits(pixels):
         }
     accuracies = {key: (logits.argmax(1) == images.labels).float().mean().item() for key, logits in wanted.items()}
     assert {key: found[key] for key in wanted} == pytest.approx(accuracies)
-    assert len({round(value, 6) for value in accuracies.values()}) == 3, "or nothing would be told apart"
+    assert len({round(value, 6) for value in accuracies.values()}) == 3, "else the test could not distinguish them"

@@ -1,7 +1,7 @@
-"""A checkpoint of a former release is gone on from, bit for bit.
+"""A run of an earlier release resumes bit for bit.
 
-formers/k8scifar-VERSION.zip holds a release's package as it was: it trains the first steps itself, in the version of
-torch that is there. Each release adds its own.
+formers/k8scifar-VERSION.zip is the package of a release: it trains the first steps, with the installed torch. Each
+release adds its package.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("former", FORMERS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("sets", [(), ("optimizer.name=muon",)], ids=["sgd", "muon"])
-def test_a_former_release_s_checkpoint_is_gone_on_from_bit_for_bit(tiny_data, tmp_path, former, sets):
+def test_a_run_of_an_earlier_release_resumes_bit_for_bit(tiny_data, tmp_path, former, sets):
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY | {"epochs": 1}))
     options = [part for value in (*sets, f"checkpoint.every_steps={CUT_AT}") for part in ("--set", value)]
     paths = ["--config", str(tmp_path / "tiny.yaml"), "--data-dir", str(tiny_data), "--runs-dir", str(tmp_path)]
 
     def train(name: str, **environment: str):
         command = [sys.executable, "-P"] if sys.version_info >= (3, 11) else [sys.executable]
-        # What 0.1.0 did not have: forms of convolution, and a learning rate of their own for the norms' biases.
+        # 0.1.0 had neither the CPU's convolutions nor a learning rate for the norms' biases.
         mine = [] if environment else ["--set", "hardware.products=false", "--set", "optimizer.norm_bias_lr=1"]
         arguments = ["-m", "k8scifar", "train", *paths, "--name", name, *options, *mine]
         return run([*command, *arguments], env=os.environ | environment)
@@ -39,7 +39,7 @@ def test_a_former_release_s_checkpoint_is_gone_on_from_bit_for_bit(tiny_data, tm
     trained = train("cut", PYTHONPATH=str(former))
     assert trained.returncode == 0, trained.stderr
     folder = tmp_path / "cut"
-    for path in folder.iterdir():  # as a crash leaves it: the checkpoint within the epoch alone
+    for path in folder.iterdir():  # as a crash leaves it: only the checkpoint within the epoch
         if path.is_file():
             path.unlink()
     for path in (folder / "checkpoints").iterdir():

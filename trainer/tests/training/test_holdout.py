@@ -1,4 +1,4 @@
-"""Held-out training images: which they are, that no test image is read, that nobody takes the one for the other."""
+"""Held-out training images: the choice, no test image is read, and results are labelled as held-out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from k8scifar.data.prepare import prepare, require
 from k8scifar.errors import UserError
 
 
-def test_held_out_images_are_of_every_class_as_many_and_always_the_same():
+def test_held_out_images_are_the_same_and_equally_many_of_each_class():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 100))
     found = holdout.chosen(labels, 204)
     counts = np.bincount(labels[found], minlength=10)
@@ -47,7 +47,7 @@ def test_numbers_that_cannot_be_held_out(tiny_data, held):
     assert [holdout.left(require(tiny_data), each) for each in (0, 10, 599)] == [600, 590, 1]
 
 
-def test_a_checkpoint_of_other_held_out_images_is_refused_a_former_release_s_too():
+def test_a_checkpoint_of_other_held_out_images_is_refused():
     config = loading.load(sets=["data.holdout=50"])
     assert config.differences(config.identity()) == {}
     assert config.differences(loading.load().identity()) == {"data.holdout": (0, 50)}
@@ -57,8 +57,8 @@ def test_a_checkpoint_of_other_held_out_images_is_refused_a_former_release_s_too
 
 
 @pytest.mark.slow
-def test_training_reads_no_test_image_and_says_held_out_everywhere(tiny_config, tmp_path, capsys):
-    """One rank, of 600 images 150 held out; the files of the test images are taken away meanwhile."""
+def test_training_reads_no_test_image_and_labels_results_as_held_out(tiny_config, tmp_path, capsys):
+    """One rank; 150 of 600 images are held out, and the files of the test images are missing."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     data, runs = tmp_path / "data", tmp_path / "runs"
@@ -87,13 +87,13 @@ def test_training_reads_no_test_image_and_says_held_out_everywhere(tiny_config, 
     first = page.count("data:image/png")
     assert main(["report", str(runs / "run"), "--data-dir", str(data)]) == 0
     assert (runs / "run" / "report.html").read_text().count("data:image/png") == first > 0
-    # Another number of them, and what was trained on all, is refused.
+    # A run with another number of them, or with none, is refused.
     for held in (100, 0):
         assert main([*command, "--set", f"data.holdout={held}"]) == 2
         assert f"data.holdout 150 -> {held}" in capsys.readouterr().err
-    # Afterwards the test images are read, by who asks for them.
+    # `evaluate` reads the test images afterwards.
     for path in test:
         (tmp_path / path.name).rename(path)
     assert main(["evaluate", str(runs / "run"), "--data-dir", str(data), "--set", "hardware.device=cpu"]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("test accuracy") and "303 images" in told
+    out = capsys.readouterr().out
+    assert out.startswith("test accuracy") and "303 images" in out

@@ -1,4 +1,4 @@
-"""Memory is kept: after a few steps a process takes no new pages from the kernel."""
+"""Freed memory is kept: after a few steps a process takes no new pages from the kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from k8scifar.training.cpu import memory
 if sys.argv[1] == "keep":
     memory.keep()
 def step():
-    torch.ones(12 << 20)  # 48 MB: glibc by itself keeps no block of more than 32 MB
+    torch.ones(12 << 20)  # 48 MB: by default glibc keeps no block of more than 32 MB
 for _ in range(30):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

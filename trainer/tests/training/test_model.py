@@ -1,4 +1,4 @@
-"""The network, its statistics over micro-batches, and the weight average."""
+"""The network: size, whitening, weight decay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_other_resnets_by_name():
     assert model.build(Model(stem="imagenet"), 10).conv1.kernel_size == (7, 7)
 
 
-def test_blocks_that_start_at_zero_pass_their_input_on():
+def test_blocks_that_start_at_zero_are_the_identity():
     net = model.build(Model(zero_init=True), 10).eval()
     inputs = torch.rand(2, 64, 8, 8)
     assert torch.equal(net.layer1(inputs), inputs)

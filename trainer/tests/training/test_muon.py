@@ -1,4 +1,4 @@
-"""Muon: its directions are orthogonal, its division among ranks changes nothing, its updates are what is said."""
+"""Muon: orthogonal directions, equal updates however the ranks divide them, the learning rates of its groups."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_direction_is_near_the_polar_factor(shape, products):
     scale = max(1.0, shape[0] / shape[1]) ** 0.5
     singular = torch.linalg.svdvals(found) / scale
     assert singular.max() < 1.3
-    assert singular.median() > 0.6, "of a square matrix the least are lifted by 3.4^5 only"
+    assert singular.median() > 0.6, "the smallest of a square matrix grow by 3.4^5 only"
     likeness = (found * (left @ right)).sum() / found.norm() / (left @ right).norm()
     assert likeness > 0.95
 
@@ -43,7 +43,7 @@ def test_iteration_on_the_square_equals_the_one_on_the_matrix(iterations):
 
 @pytest.mark.parametrize("iterations", [3, 5])
 def test_bfloat16_is_near_float32(iterations, monkeypatch):
-    """Few large singular values and many small ones, of which it rounds off most."""
+    """Few large singular values and many small ones, which bfloat16 mostly rounds off."""
     generator = torch.Generator().manual_seed(3)
     left, right = torch.randn(128, 4, generator=generator), torch.randn(4, 512, generator=generator)
     gradient = left @ right + 0.3 * torch.randn(128, 512, generator=generator)
@@ -54,7 +54,7 @@ def test_bfloat16_is_near_float32(iterations, monkeypatch):
 
     assert 0 < error() < 0.05
     monkeypatch.setattr(muon, "BFLOAT16_SPAN", 5)
-    assert (error() > 1) is (iterations > 3), "on one square matrix to the end"
+    assert (error() > 1) is (iterations > 3), "all iterations on one square matrix"
 
 
 @PRODUCTS
@@ -149,7 +149,7 @@ def test_groups_of_a_network(resnet18):
 
 
 @pytest.mark.parametrize("name", ["sgd", "muon"])
-def test_biases_of_the_norms_step_by_a_learning_rate_of_their_own(name):
+def test_norms_biases_have_another_learning_rate(name):
     """One step of a small network with all gradients 1, with the factor and without."""
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)]
     whole, moved = nn.Sequential(*layers), {}

@@ -48,11 +48,13 @@ def test_micro_batches_in_one_pass_are_what_they_are_one_by_one(dtype):
     for other in found[1:]:
         for values, same in zip(other, found[0], strict=True):
             torch.testing.assert_close(values, same)
-    assert not torch.equal(found[0][0], norms.Norm(8)(images)), "one normalisation over all images is another"
+    assert not torch.equal(found[0][0], norms.Norm(8)(images)), (
+        "one normalisation over all images would give other values"
+    )
 
 
 def test_a_whole_model_takes_micro_batches_in_one_pass():
-    """Logits of three micro-batches; in evaluation the last pass has left no trace."""
+    """Logits of three micro-batches; training passes do not affect evaluation mode."""
     torch.manual_seed(0)
     net = model.build(Model(), 10)
     statistics, images = norms.Statistics(norms.layers(net)), torch.randn(24, 3, 16, 16)

@@ -1,4 +1,4 @@
-"""Recovery on one machine: killed at chosen points, frozen, slow, on a failing volume, on another number of ranks."""
+"""Recovery on one machine: killed, frozen and slow ranks, a failing volume, another number of ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAVE_OFTEN = ("--set", "checkpoint.every_steps=2", "--set", "checkpoint.keep=3")
 
 @pytest.fixture(scope="module")
 def places(module_path, tiny_data):
-    """Folder of the runs, with a configuration that checkpoints often; the undisturbed run is in `runs/undisturbed`."""
+    """Folder with a configuration that saves often, and the undisturbed run in `runs/undisturbed`."""
     (module_path / "tiny.yaml").write_text(
         yaml.safe_dump(TINY | {"micro_batch": 25, "log": {"every_seconds": 0.001, "tensorboard": False}})
     )
@@ -31,7 +31,7 @@ def places(module_path, tiny_data):
 
 
 def launch(folder: Path, data: Path, name: str, *arguments: str, ranks: int = 2, **environment: str):
-    """Run `k8scifar launch` as a pod does, with faults; returns the finished process."""
+    """Run `k8scifar launch` as a pod does, with faults; return the finished process."""
     paths = ("--config", str(folder / "tiny.yaml"), "--data-dir", str(data), "--runs-dir", str(folder / "runs"))
     command = cli_command("launch", "--nproc-per-node", str(ranks), "--restart=always", *paths, "--name", name)
     marks = folder / f"{name}-faults"
@@ -47,12 +47,12 @@ def launch(folder: Path, data: Path, name: str, *arguments: str, ranks: int = 2,
 
 
 def struck(folder: Path, name: str) -> int:
-    """How many faults of this run have struck."""
+    """Number of faults that have struck in this run."""
     return len(list((folder / f"{name}-faults").iterdir()))
 
 
 def assert_undisturbed(folder: Path, name: str) -> None:
-    """The run came to the same weights and metrics, bit for bit."""
+    """Assert that weights and metrics equal the undisturbed run's, bit for bit."""
     assert weights_hash(folder / "runs" / name) == weights_hash(folder / "runs" / "undisturbed")
     assert history(folder / "runs" / name) == history(folder / "runs" / "undisturbed")
 
@@ -65,24 +65,24 @@ def test_killed_at_every_point_of_a_training_it_ends_with_the_same_weights(place
         "call:k8scifar.training.norms.momentum:kill-soon:1",  # in a step's collective, or near it
         "rename:step-00000004:kill:0",  # a checkpoint is safe, the old ones not yet pruned
         "call:k8scifar.training.evaluation.evaluate:kill:1",  # an evaluation
-        "call:k8scifar.training.loop._keep_going:term:1",  # in an evaluation one rank is told to stop: all save
+        "call:k8scifar.training.loop._keep_going:term:1",  # one rank gets SIGTERM in an evaluation: all save
         "write:metrics.jsonl:kill:0",
         "write:model.safetensors:kill:0",
         "write:summary.json:kill:0",
-        "rename:summary.json:kill:0",  # done, but nobody has heard
+        "rename:summary.json:kill:0",  # done, but no other rank has seen it
     ]
     done = launch(places, tiny_data, "killed", K8SCIFAR_FAULTS=" ".join(points))
     assert done.returncode == 0, done.stderr
     assert struck(places, "killed") == len(points)
     assert_undisturbed(places, "killed")
     folder = places / "runs" / "killed"
-    assert not [*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")], "what was half written is still there"
+    assert not [*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")], "incomplete files are left"
     assert "stopped by SIGTERM at step 6; saved" in done.stderr
     assert "communication: allreduce; kept from the checkpoint, not measured again" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_frozen_rank_and_a_slow_one_are_named_and_the_group_recovers(places, tiny_data):
+def test_a_frozen_rank_and_a_slow_one_are_identified_and_the_group_recovers(places, tiny_data):
     points = ["call:k8scifar.training.optim.set_lr:freeze:1", "write:metrics.jsonl:stall=12:0"]
     done = launch(
         places, tiny_data, "frozen", "--set", "distributed.timeout_seconds=5", K8SCIFAR_FAULTS=" ".join(points)
@@ -115,8 +115,8 @@ def test_a_volume_that_fails_for_a_moment_is_tried_again(places, tiny_data):
     assert_undisturbed(places, "shaky")
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(places, tiny_data):
-    """Same global batches, same micro-batches, same order; losses agree to 1e-3 (sums are rounded in another order)."""
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(places, tiny_data):
+    """The same micro-batches in the same order; losses agree to 1e-3, because sums round in another order."""
     reference = history(places / "runs" / "undisturbed")
     fault = "rename:step-00000004:kill:0"
     done = launch(places, tiny_data, "ranks-1", "--restart=never", K8SCIFAR_FAULTS=fault)

@@ -1,4 +1,4 @@
-"""Training by real ranks under torchrun on gloo: the same mathematics for every world size, resume bit for bit."""
+"""Real ranks under torchrun on gloo: the same mathematics for every world size, and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from k8scifar.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
-# What may be switched on is on: all that is promised here has to hold with it, too.
+# Optional features are on, because the promises hold with them, too.
 SETTINGS = merge(TINY, {"augment": {"flip": "alternating"}, "optimizer": {"norm_bias_lr": 4.0}})
 
 
@@ -33,7 +33,7 @@ def tiny_config(tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(module_path, tiny_data):
-    """An undisturbed two-rank training: (run folder, what it said)."""
+    """An undisturbed two-rank training: (run folder, log)."""
     config = module_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(SETTINGS))
     done = run(train_command(2, config, tiny_data, module_path / "runs", "run"))
@@ -49,7 +49,7 @@ def finished(undisturbed):
 
 @pytest.fixture
 def interrupted(finished, tmp_path):
-    """``interrupted(step)``: a copy of the finished run's folder as a crash would leave it after that checkpoint."""
+    """``interrupted(step)``: copy the finished run's folder as a crash would leave it after that checkpoint."""
 
     def copy(step: int):
         folder = tmp_path / "runs" / "run"
@@ -64,7 +64,7 @@ def interrupted(finished, tmp_path):
     return copy
 
 
-def test_run_folder_holds_what_is_promised(finished):
+def test_run_folder_is_complete(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["world_size"] == 2
     assert summary["epochs"] == 2
@@ -97,22 +97,22 @@ def test_tensorboard_holds_every_curve_and_picture(finished):
     assert any(name.startswith("configuration") for name in tags["tensors"])
 
 
-def test_log_is_lines_for_people_where_there_is_no_terminal(undisturbed):
-    said = undisturbed[1]
-    (headline,) = [line for line in said.splitlines() if "world size 2" in line]
+def test_log_without_a_terminal(undisturbed):
+    log = undisturbed[1]
+    (headline,) = [line for line in log.splitlines() if "world size 2" in line]
     for word in ("resnet18", "11,173,962 parameters", "cpu fp32", "gloo", "global batch 100", "600 + 303 images"):
         assert word in headline
-    assert "communication: allreduce; all ranks are on one machine" in said
-    assert "step " in said
-    assert "test accuracy" in said
-    assert "\r" not in said
+    assert "communication: allreduce; all ranks are on one machine" in log
+    assert "step " in log
+    assert "test accuracy" in log
+    assert "\r" not in log
 
 
 def test_world_size_does_not_change_the_mathematics(train, tmp_path):
     """The same four micro-batches on 1, 2, 3 (2 + 1 + 1) and 4 ranks: losses agree to 2e-4 over an epoch.
 
-    What makes it inexact: the gradients of the micro-batches are summed in another order (on one rank before, on
-    several after the division), which rounds differently in float32; the steps of training amplify that.
+    The gradients of the micro-batches are summed in another order (on one rank before the division, on several after
+    it), which rounds differently in float32. The steps of training amplify that.
     """
     options = ("--set", "epochs=1", "--set", "micro_batch=25", "--set", "optimizer.lr=0.001")
     for ranks in (1, 2, 3, 4):
@@ -127,7 +127,7 @@ def test_world_size_does_not_change_the_mathematics(train, tmp_path):
         for ranks in (1, 2, 3, 4)
     )
     for name, tensor in weights.items():
-        if name.endswith("num_batches_tracked"):  # counts forward passes of a rank; nothing uses it
+        if name.endswith("num_batches_tracked"):  # counts forward passes on a rank; unused
             continue
         for several in others:
             torch.testing.assert_close(
@@ -153,12 +153,12 @@ def test_sigterm_saves_within_an_epoch_and_resume_equals_the_uninterrupted_run(
         if " step 2/12 " in line:
             break
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert "stopped by SIGTERM at step" in said
+    log = process.communicate(timeout=60)[1]
+    assert "stopped by SIGTERM at step" in log
     (saved,) = checkpoint.listed(tmp_path / "runs" / "run" / "checkpoints")
     assert 2 <= checkpoint.step_of(saved) < 6
     payload = checkpoint.load(saved)
-    assert payload["seconds"] > 0, "of the steps since the last epoch, too"
+    assert payload["seconds"] > 0, "including the steps since the last epoch"
     content = checkpoint.encode(payload | {"seconds": 1000.0})
     saved.with_name(checkpoint.file_name(payload["step"], content)).write_bytes(content)
     saved.unlink()
@@ -180,7 +180,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, interr
     assert weights_hash(folder) == weights_hash(finished)
 
 
-def test_finished_run_says_so_and_more_epochs_go_on(finished, train, tmp_path):
+def test_finished_run_is_left_alone_and_trains_on_with_more_epochs(finished, train, tmp_path):
     folder = tmp_path / "runs" / "run"
     shutil.copytree(finished, folder)
     done = train(2)

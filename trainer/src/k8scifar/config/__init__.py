@@ -1,4 +1,4 @@
-"""The settings of a training: types, limits, descriptions, and the loading of their values.
+"""Every setting of a training, typed and documented, and where its values come from.
 
 May import: the single modules. Imports no torch.
 """

@@ -149,7 +149,7 @@ class Config(Section):
             if key in saved and saved[key] != value and not (key == COMM and "auto" in (saved[key], value))
         }
 
-    def shared(self) -> dict[str, Any]:
+    def common(self) -> dict[str, Any]:
         """The keys that must be equal on all ranks, flat; the others may differ between hosts."""
         return flatten(self.model_dump(mode="json", exclude=OWN))
 

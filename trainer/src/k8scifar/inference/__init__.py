@@ -1,4 +1,4 @@
-"""Open trained models, evaluate them on the test images, and classify single images.
+"""Trained models: opened, evaluated on the test images, asked for single images.
 
 May import: the single modules, config, data, ranks, exchange, results, training.
 """

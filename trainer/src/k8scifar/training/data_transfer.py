@@ -36,7 +36,7 @@ def supply(config: Config, manifest: packed.Manifest | None, world: World) -> pa
     """
     data = {"data": manifest.fingerprint} if manifest else {}
     attempt = {"attempt": os.environ.get(participants.ATTEMPT, "")}  # ranks of an earlier attempt must not join
-    agree.meet(world, config.shared() | data | _mathematics() | attempt)
+    agree.meet(world, config.common() | data | _mathematics() | attempt)
     if manifest:
         return manifest
     folder, is_first = Path(config.data.dir), world.local_rank == 0

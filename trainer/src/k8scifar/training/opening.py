@@ -186,7 +186,10 @@ def _show(session: Session, reasons: calibration.Reasons, changed: str, merged: 
     calibration.log_shares(session, reasons.shares)
     nodes = participants.present(session.first_step, world.size)["nodes"]
     if world.is_main and (len(nodes) > 1 or len(state.members) > 1):
-        _write_members(session)
+        try:  # node 0's supervisor and `k8scifar status` read it
+            session.folder.write_members(state.members)
+        except TrainingError as error:  # each attempt writes it again
+            log(f"{error}; training goes on")
     if changed:
         log(f"settings differ from the checkpoint's: {changed}")
     if merged:
@@ -194,11 +197,3 @@ def _show(session: Session, reasons: calibration.Reasons, changed: str, merged: 
     log(headline.headline(session))
     if precision.note:
         log(precision.note)
-
-
-def _write_members(session: Session) -> None:
-    """Write members.json, which node 0's supervisor and `k8scifar status` read."""
-    try:
-        session.folder.write_members(session.state.members)
-    except TrainingError as error:  # each attempt writes it again
-        session.display.write(f"{error}; training goes on")

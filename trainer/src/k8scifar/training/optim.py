@@ -38,13 +38,13 @@ def build(net: nn.Module, config: Config, precision: str = "fp32") -> torch.opti
     if apart:
         groups.append({"params": biases, "weight_decay": decay, "scale": settings.norm_bias_lr})
     # Not fused: on a CPU the fused form silently assumes that gradients have the memory layout of their weights.
-    shared: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov, "foreach": True}
+    both: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov, "foreach": True}
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, **shared)
+        return torch.optim.SGD(groups, lr=settings.lr, **both)
     groups.append({"params": hidden, "weight_decay": 0.0, "muon": True, "scale": settings.muon_lr / settings.lr})
     rounded = precision == "bf16" and next(net.parameters()).device.type == "cpu"  # not measured on a GPU
     products = torch.bfloat16 if rounded else torch.float32
-    return Muon(groups, settings.muon_iterations, products, lr=settings.lr, **shared)
+    return Muon(groups, settings.muon_iterations, products, lr=settings.lr, **both)
 
 
 def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -61,6 +61,6 @@ def step_flops(optimizer: torch.optim.Optimizer) -> int:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group; those with a `scale` keep their proportion to it."""
+    """Set a step's learning rate, which plan.py computes, in every group; a group's `scale` multiplies it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)

@@ -79,7 +79,7 @@ class State:
         sums = [parameter.detach().double().sum() for parameter in self.net.parameters()]
         return torch.stack(sums).sum().view(1).cpu()
 
-    def shared(self) -> list[torch.Tensor]:
+    def replicated(self) -> list[torch.Tensor]:
         """The float32 tensors that are equal on all ranks now: weights and, where the ranks take equal steps, momenta.
 
         Momenta that only their owner holds are not among them.
@@ -95,20 +95,20 @@ class State:
         return weights + [momentum for momentum in momenta if momentum is not None]
 
     def digest(self) -> torch.Tensor:
-        """A hash of `shared`, float64 [1] on the CPU.
+        """A hash of `replicated`, float64 [1] on the CPU.
 
         It adds up integers, which is exact in any order; different processors would add floats differently. It adds
         squares too, so that small differences do not cancel.
         """
-        bits = [tensor.view(torch.int32) for tensor in self.shared()]
+        bits = [tensor.view(torch.int32) for tensor in self.replicated()]
         sums = [(values * values).sum(dtype=torch.int64) + 31 * values.sum(dtype=torch.int64) for values in bits]
         total = torch.stack(sums).sum() if sums else self.first_bad.new_zeros(())
         return (total % 2**52).double().view(1).cpu()
 
     @torch.no_grad()
     def equalise(self) -> None:
-        """Replace `shared` on all ranks by rank 0's; collective."""
-        tensors = self.shared()
+        """Replace `replicated` on all ranks by rank 0's; collective."""
+        tensors = self.replicated()
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         self.world.heartbeats.arrive()
         dist.broadcast(flat, 0)
