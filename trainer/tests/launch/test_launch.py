@@ -56,7 +56,7 @@ def test_a_machine_without_a_number_must_be_told(environment):
         (["--set=epohcs=3"], "did you mean 'epochs'"),
         (["--config=/nowhere.yaml"], "/nowhere.yaml"),
         (["--nnodes=2", "--node-rank=0", "--master-addr=192.0.2.1"], "resolves to the loopback address only"),
-        (["--set=distributed.interface=eth77"], "distributed.interface names eth77, which this machine does not have"),
+        (["--set=distributed.interface=eth77"], "distributed.interface is eth77, which this machine does not have"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, words):
@@ -71,7 +71,7 @@ def test_a_library_s_variable_left_in_the_shell_is_the_users_mistake():
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth77"}
     done = subprocess.run([PYTHON, "-m", "k8scifar", "launch"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
-    assert "GLOO_SOCKET_IFNAME names eth77, which this machine does not have" in done.stderr
+    assert "GLOO_SOCKET_IFNAME is eth77, which this machine does not have" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and "lo" in done.stderr
 
 
@@ -224,7 +224,7 @@ def test_processes_where_nobody_says_how_many(gpus, nnodes, sets, wanted, monkey
     monkeypatch.setattr(machine, "usable_gpus", lambda environment: gpus)
     assert command.processes(loading.load(sets=sets), nnodes, {}) == wanted
     used = gpus and "hardware.device=cpu" not in sets and wanted < gpus
-    assert (f"{wanted} of {gpus} GPUs are used" in capsys.readouterr().err) == bool(used)
+    assert (f"using {wanted} of {gpus} GPUs" in capsys.readouterr().err) == bool(used)
 
 
 def test_make_train_leaves_the_number_of_processes_to_launch():
