@@ -37,17 +37,15 @@ sys.exit(Supervisor(Fake(config=config, train_arguments=[], **options)).run())
 
 
 RANK = """
-import os, pathlib, signal, sys, time
-scratch = pathlib.Path(os.environ["K8SCIFAR_SCRATCH"])
+import json, os, pathlib, signal, sys, time
+reports = pathlib.Path(os.environ["K8SCIFAR_REPORTS"])
 attempts = pathlib.Path(os.environ["RUNS"], "attempts")
 attempts.mkdir(exist_ok=True)
 attempt = len(list(attempts.iterdir())) + 1
 (attempts / str(attempt)).write_text(str(time.time()))
-(scratch / "started.0").touch()
+(reports / "rank-0.json").write_text("{}")
 def end(code, reason=""):
-    if reason:
-        (scratch / "reason.0").write_text(reason)
-    (scratch / "exit.0").write_text(str(code))
+    (reports / "rank-0.json").write_text(json.dumps({"exit_code": code, "reason": reason}))
     sys.exit(min(code, 1))
 """
 
@@ -184,7 +182,7 @@ def test_data_that_another_node_prepares_is_waited_for_in_the_container_and_told
 def test_a_torchrun_that_is_frozen_is_ended_and_started_again(supervised, tmp_path):
     fake = """
 if attempt == 1:
-    (scratch / "alive").touch()
+    (reports / "agent.json").write_text('{"beats": 1}')
     os.kill(os.getpid(), signal.SIGSTOP)
 end(0)
 """
@@ -192,7 +190,7 @@ end(0)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert attempts(tmp_path) == 2
-    assert "torchrun has shown no sign of life for 10 s: frozen" in errors
+    assert "torchrun is frozen: it has shown no sign of life for 10 s" in errors
 
 
 def test_without_restart_a_failure_is_final(supervised, tmp_path):
@@ -270,7 +268,7 @@ end(0)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
     assert attempts(tmp_path) == 2
-    assert "left no summary.json" in errors
+    assert "has written no summary.json" in errors
 
 
 def test_a_name_that_never_resolves_is_told(supervised, tmp_path):
