@@ -41,7 +41,7 @@ def test_a_good_machine_passes_and_the_folders_are_made(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--interface=eth77"], 12, "there is no network interface eth77"),
+        (["--interface=eth77"], 12, "train.distributed.interface is eth77, which this machine does not have"),
         (["--min-free=999999999"], 16, "lower preflight.freeMiB"),
         (["--data-dir=/proc/nowhere"], 14, "/proc/nowhere of the dataset volume"),
         (["--runs-dir=/proc/nowhere"], 15, "/proc/nowhere of the checkpoints volume"),
@@ -52,25 +52,49 @@ def test_each_failure_has_its_own_code_and_says_what_to_do(tmp_path, arguments, 
     assert (found, words in told) == (code, True), told
 
 
-def test_a_full_volume_is_found(tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", small], capture_output=True).returncode:
-        pytest.skip("a small file system can't be mounted here")
-    try:
-        (small / "filler").write_bytes(b"x" * 65_536)
-        code, told, _ = check(tmp_path, f"--runs-dir={small}/runs")
-        assert (code, "is full" in told) == (16, True), told
-    finally:
-        subprocess.run(["umount", small], check=True)
+@pytest.fixture
+def volume(tmp_path):
+    """``volume(options)`` mounts a small file system."""
+    at = tmp_path / "mounted"
+    at.mkdir()
+    mounted = []
+
+    def mount(options: str) -> Path:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", at], capture_output=True).returncode:
+            pytest.skip("a file system can't be mounted here")
+        mounted.append(at)
+        return at
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", path], check=True)
 
 
-def test_a_folder_of_another_user_is_found_and_its_owner_told():
+def test_a_full_volume_is_found(volume, tmp_path):
+    small = volume("size=64k")
+    (small / "filler").write_bytes(b"x" * 65_536)
+    code, told, _ = check(tmp_path, f"--runs-dir={small}/runs")
+    assert (code, "is full" in told) == (16, True), told
+
+
+def test_a_read_only_volume_is_found(volume, tmp_path):
+    code, told, _ = check(tmp_path, f"--data-dir={volume('ro')}/data")
+    assert (code, "mounted read-only" in told) == (14, True), told
+
+
+def test_too_little_shared_memory_is_found(volume):
+    with pytest.raises(preflight.Problem, match="sharedMemorySize") as problem:
+        preflight.check_shm(volume("size=1m"))
+    assert problem.value.code == 13
+    preflight.check_shm(Path("/dev/shm"))
+
+
+def test_a_folder_of_another_user_is_found_with_its_owner():
     if os.geteuid() != 0:
         pytest.skip("changes its user id")
     folder = Path(tempfile.mkdtemp())
     try:
-        folder.chmod(0o755)  # as a root-squashed export that nobody has given to the pods' user
+        folder.chmod(0o755)  # as an NFS export with root_squash
         script = (
             "import locale, os, sys; from k8scifar import cli; from k8scifar.launch import preflight;"
             "os.setgid(1000); os.setuid(1000);"
@@ -82,30 +106,6 @@ def test_a_folder_of_another_user_is_found_and_its_owner_told():
     assert done.returncode == 14, done.stderr
     assert f"user 1000:1000 can't write in {folder} of the dataset volume, owned by 0:0, mode 755" in done.stderr
     assert "chown 1000:1000" in done.stderr and "user.uid" in done.stderr
-
-
-def test_a_read_only_volume_is_found(tmp_path):
-    fixed = tmp_path / "fixed"
-    fixed.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", fixed], capture_output=True).returncode:
-        pytest.skip("a read-only file system can't be mounted here")
-    try:
-        code, told, _ = check(tmp_path, f"--data-dir={fixed}/data")
-        assert (code, "mounted read-only" in told) == (14, True), told
-    finally:
-        subprocess.run(["umount", fixed], check=True)
-
-
-def test_tiny_shared_memory_is_found(tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], capture_output=True).returncode:
-        pytest.skip("a small file system can't be mounted here")
-    try:
-        with pytest.raises(preflight.Problem, match="sharedMemorySize") as problem:
-            preflight.check_shm(tmp_path)
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
-    assert problem.value.code == 13
-    preflight.check_shm(Path("/dev/shm"))
 
 
 def test_another_cluster_domain_is_guessed(tmp_path):

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from k8scifar import machine
 from k8scifar.console import say
+from k8scifar.errors import UserError
 from k8scifar.files import FULL, sync_folder, write_atomically
-from k8scifar.launch.termination import leave_message
+from k8scifar.launch.termination import write_message
 from k8scifar.urls import local
 
 INTERFACE, SHM, DATA_VOLUME, RUNS_VOLUME, SPACE, LOST = range(12, 18)
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     except Problem as problem:
         line = f"k8scifar: preflight: {problem}"
         say(line)
-        leave_message(line, os.environ)
+        write_message(line, os.environ)
         return problem.code
     say("k8scifar: preflight: this machine is ready")
     return 0
@@ -60,13 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 def check_interface(name: str) -> None:
     """Raise Problem where this machine has no such interface."""
-    there = machine.interfaces()
-    if name and there and name not in there:
-        raise Problem(
-            INTERFACE,
-            f"there is no network interface {name}; set train.distributed.interface to one of {', '.join(there)}, "
-            'or to "" to choose automatically',
-        )
+    try:
+        machine.check_interface(name, "train.distributed.interface")
+    except UserError as error:
+        raise Problem(INTERFACE, str(error)) from None
 
 
 def check_shm(folder: Path = Path("/dev/shm")) -> None:

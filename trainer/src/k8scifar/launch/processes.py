@@ -68,13 +68,6 @@ class Child:
                 self._popen.returncode = self.code  # reaped above: Popen must not wait for it again
         return self.code
 
-    def wait(self, seconds: float) -> int | None:
-        """Wait at most this many seconds; the exit status, or None."""
-        end = time.monotonic() + seconds
-        while self.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-        return self.code
-
     def signal(self, number: int) -> None:
         """Send a signal to the child, if it still runs."""
         if self.poll() is None:

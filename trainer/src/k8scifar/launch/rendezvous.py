@@ -77,32 +77,32 @@ def watch(
         store: None on node 0, which connects to its own store and writes its `job` there.
         each_time: called with the store twice a second.
     """
-    threading.Thread(target=_watch, args=(address, port, job, report, store, each_time), daemon=True).start()
 
-
-def _watch(
-    address: str,
-    port: int,
-    job: str,
-    report: Writer[AgentReport],
-    store: TCPStore | None,
-    each_time: Callable[[TCPStore], None],
-) -> None:
-    while store is None:
+    def run() -> None:
+        client = store
+        while client is None:
+            client = _own_store(address, port, job)
         try:
-            store = connect(address, port)
-            store.set(JOB, job)
-        except (OSError, RuntimeError, ValueError):
-            store = None
-            time.sleep(0.2)
-    try:
-        while not store.check([AGAIN]):
-            each_time(store)
-            time.sleep(0.5)
-        end_agent(report, store.get(AGAIN).decode())
-    except RuntimeError:
-        time.sleep(GRACE)
-        end_agent(report, "node 0 was lost")
+            while not client.check([AGAIN]):
+                each_time(client)
+                time.sleep(0.5)
+            reason = client.get(AGAIN).decode()
+        except RuntimeError:
+            time.sleep(GRACE)
+            reason = "node 0 was lost"
+        end_agent(report, reason)
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def _own_store(address: str, port: int, job: str) -> TCPStore | None:
+    """Node 0: write the job into its store; None while torchrun has not opened the store."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        store = connect(address, port)
+        store.set(JOB, job)
+        return store
+    time.sleep(0.2)
+    return None
 
 
 def end_agent(report: Writer[AgentReport], reason: str) -> NoReturn:

@@ -66,30 +66,16 @@ class Writer(Generic[Report]):
         self._lock = threading.Lock()
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the report and write it. A full disk must not end the process."""
-        with self._lock:
+        """Change fields of the report and write it by rename. A full disk must not end the process."""
+        with self._lock, contextlib.suppress(OSError):
             self.report = replace(self.report, **changes)
-            write(self._path, asdict(self.report))
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(asdict(self.report)))
+            temporary.replace(self._path)
 
     def explain(self, reason: str) -> None:
         """Report why this process ends."""
         self.update(reason=reason, reason_at=time.monotonic())
-
-
-def write(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file by rename, so that no reader sees a part of it; an OSError is ignored."""
-    with contextlib.suppress(OSError):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(values))
-        temporary.replace(path)
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """Return what a JSON file holds; None where it is missing or broken."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 class Reports:
@@ -101,18 +87,17 @@ class Reports:
     @property
     def agent(self) -> AgentReport:
         """The agent's report; an empty one before the agent has written."""
-        return AgentReport(**(read(self._folder / "agent.json") or {}))
+        return AgentReport(**_read(self._folder / "agent.json"))
 
     @property
     def ranks(self) -> list[RankReport]:
         """The reports of the ranks that have started."""
-        found = (read(path) for path in sorted(self._folder.glob("rank-*.json")))
-        return [RankReport(**values) for values in found if values is not None]
+        return [RankReport(**_read(path)) for path in self._folder.glob("rank-*.json")]
 
     @property
     def started(self) -> bool:
         """Whether a rank has started, so that all nodes have met."""
-        return any(self._folder.glob("rank-*.json"))
+        return bool(self.ranks)
 
     @property
     def exit_codes(self) -> list[int]:
@@ -156,3 +141,10 @@ class Reports:
             return CRASHED
         own = FAILED in codes or (alone and agent is not None and agent >= 0 and PEER_LOST not in codes)
         return FAILED if own else PEER_LOST
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

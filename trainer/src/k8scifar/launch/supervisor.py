@@ -18,8 +18,8 @@ from k8scifar.launch import kubernetes, processes
 from k8scifar.launch.attempt import Attempt
 from k8scifar.launch.elastic.membership import Membership
 from k8scifar.launch.node import NodeSpec, record_state
-from k8scifar.launch.prerequisites import Need, needs
-from k8scifar.launch.termination import leave_message
+from k8scifar.launch.prerequisites import Prerequisite, prerequisites
+from k8scifar.launch.termination import write_message
 from k8scifar.launch.timing import Every, Signals
 from k8scifar.launch.unfinished_nodes import UnfinishedNodes
 from k8scifar.liveness import Heartbeat
@@ -29,6 +29,7 @@ from k8scifar.results.summary import finished_summary, newest_checkpoint, read_s
 HOLD = 10.0  # seconds between two heartbeats once training is done
 CRASHES = 5  # of this node's ranks, without a new checkpoint between them, that end the process
 LONGEST_PAUSE = 60.0  # seconds between two attempts after failures of this node
+OTHER = " with another configuration; to train from the start, set another name"
 
 
 class State(enum.Enum):
@@ -85,7 +86,7 @@ class Supervisor:
         except UserError as error:
             self.code, self.reason = FAILED if error.code == LATE else error.code, str(error)
             say(f"k8scifar: error: {self.reason}")
-            self._leave_message(self.reason)  # no state is recorded in the run folder, which is not ours
+            write_message(self.reason, self.spec.environment)  # no state in the run folder, which is another's
             return State.ENDED
         except OSError:
             pass  # a volume that is away for a while: rank 0 checks again
@@ -95,18 +96,17 @@ class Supervisor:
         self.code = PREEMPTED
         if not self.signals.count and self.spec.nnodes > 1 and self._is_finished():
             return State.DONE
-        if not all(self._has(need) for need in needs(self.spec)):
+        if not all(self._has(need) for need in prerequisites(self.spec)):
             say(f"k8scifar: error: {self.reason}")
             if not self.spec.restart:
                 return self._end(USER_MISTAKE)
-            self._leave_message(self.reason)
-            self._record("failed")
+            self._record_failure()
             return State.PREPARING  # it may still come, and this container must not end for it
         return State.STOPPED if self.signals.count else State.TRAINING
 
     def _training(self) -> State:
         self.attempts += 1
-        self._record("waiting")
+        record_state(self.spec, "waiting", self.reason, self.attempts)
         self.code = self._attempt(self.attempts)
         if self.signals.count:
             return State.STOPPED
@@ -123,19 +123,19 @@ class Supervisor:
             self.reason = f"failed {self.failures} times without a new checkpoint between: {self.reason}"
             say(f"k8scifar: error: {self.reason}")
             return self._end(CRASHED)
-        self._record("failed")
-        self._leave_message(self.reason)
+        self._record_failure()
         say(f"k8scifar: attempt {self.attempts} ended ({self.reason}); the next starts in {pause:.1f} s")
         self.signals.sleep(pause)
         return State.PREPARING
 
     def _done(self) -> State:
-        self._leave_message("done")
+        write_message("done", self.spec.environment)
         record_state(self.spec, "done", self.reason)
         self._run_is_done = True
         if self.spec.when_done != "exit":
             self._scale_down()
-            self._announce_hold()
+            other = "" if self._is_this_configuration() else OTHER
+            say(f"k8scifar: training is done ({self.spec.config.run_dir}){other}; holding until the pod is stopped")
             return State.HOLDING
         failed_at_the_end = self.attempts > 0 and self.code != 0
         if failed_at_the_end and self.spec.own_folders:  # a peer may not know that the run is finished
@@ -164,7 +164,7 @@ class Supervisor:
         if self.code in (0, PREEMPTED):
             self._end(PREEMPTED)
             if self.spec.when_done != "exit":
-                self.code = 0  # in a Job, which ends on exit code 0, when_done is exit
+                self.code = 0  # in a Job, where when_done is exit, 0 would count as completed
             return State.ENDED
         self.reason = self.reason or "stopped before the ranks could save; training resumes from the last checkpoint"
         say(f"k8scifar: {self.reason}")
@@ -172,7 +172,7 @@ class Supervisor:
 
     # What they use
 
-    def _has(self, need: Need) -> bool:
+    def _has(self, need: Prerequisite) -> bool:
         """Wait until the need is met or a signal comes; False, with the reason, where that takes too long."""
         start, report = time.monotonic(), Every(30)
         while not self.signals.count:
@@ -216,12 +216,10 @@ class Supervisor:
             done = f"could not scale down: {problem}" if problem else f"StatefulSet {name} is scaled to zero"
             say(f"k8scifar: {done}")
 
-    def _announce_hold(self) -> None:
-        found, wanted = read_summary(self.spec.config.run_dir) or {}, self.spec.config.fingerprint()
-        other = ""
-        if found.get("config_fingerprint", wanted) != wanted:
-            other = " with another configuration; to train from the start, set another name"
-        say(f"k8scifar: training is done ({self.spec.config.run_dir}){other}; holding until the pod is stopped")
+    def _is_this_configuration(self) -> bool:
+        """Whether the finished run had the settings of this node."""
+        summary, wanted = read_summary(self.spec.config.run_dir) or {}, self.spec.config.fingerprint()
+        return summary.get("config_fingerprint", wanted) == wanted
 
     def _end_well(self) -> State:
         if self.spec.when_done == "exit" and self.spec.nnodes > 1 and self._is_finished():
@@ -230,15 +228,13 @@ class Supervisor:
         return State.ENDED
 
     def _end(self, code: int) -> State:
-        """Leave the reason behind and end; ranks' exit codes that only the supervisor knows become FAILED."""
-        self._leave_message(self.reason)
+        """Record the reason and end; exit codes that only ranks use become FAILED."""
+        write_message(self.reason, self.spec.environment)
         if code != LATE:  # the process that took over records the state now
             record_state(self.spec, "stopped" if code == PREEMPTED else "failed", self.reason)
         self.code = FAILED if code in (PEER_LOST, LATE) else code
         return State.ENDED
 
-    def _record(self, state: str) -> None:
-        record_state(self.spec, state, self.reason, self.attempts)
-
-    def _leave_message(self, text: str) -> None:
-        leave_message(text, self.spec.environment)
+    def _record_failure(self) -> None:
+        write_message(self.reason, self.spec.environment)
+        record_state(self.spec, "failed", self.reason, self.attempts)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def leave_message(text: str, environment: Mapping[str, str]) -> None:
+def write_message(text: str, environment: Mapping[str, str]) -> None:
     """Write the termination message, if this is a container of a pod."""
     named = environment.get("K8SCIFAR_TERMINATION_LOG")
     path = Path(named or "/dev/termination-log")

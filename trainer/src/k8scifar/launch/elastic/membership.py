@@ -1,4 +1,4 @@
-"""The rules of an elastic group: whom node 0 waits for, when it goes on without a node, when it takes a node back.
+"""The rules of an elastic group: how long node 0 waits for a node, trains without it, and when it takes it back.
 
 A group that has met in full trains without nodes that are away for long, and takes them back. A node that leaves again
 has to wait twice as long each time, so that a flapping node costs little.
