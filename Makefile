@@ -20,7 +20,10 @@ NAME ?= $(RECIPE)
 ARGS ?=
 TESTS ?= trainer/tests chart/tests image/tests
 KILLS ?= 20
+# Not ?=, for a shell may export HOSTS for something else.
+HOSTS = 2
 SEED ?=
+ONLY ?=
 ROWS ?=
 RANKS ?=
 # Each command that a person may stop runs by it. Exit codes, for scripts that call k8scifar or the tools themselves:
@@ -189,8 +192,11 @@ test-versions: ## run the core tests with TORCH=oldest or newest of the torch re
 golden: $(READY) ## renew trainer/tests/training/golden.json, the losses of tiny trainings, and say what changed
 	@$(BIN)/python trainer/tests/training/golden.py
 
-chaos: $(READY) ## strike two-host trainings KILLS=20 times at random and compare the weights (root); SEED= repeats one
-	@$(FOREGROUND) $(BIN)/python trainer/tests/helpers/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+chaos: $(READY) ## strike trainings on HOSTS=2 to 4 hosts KILLS=20 times at random, compare the weights (root); SEED= repeats one
+	@$(FOREGROUND) $(BIN)/python trainer/tests/helpers/chaos.py --kills $(KILLS) --hosts $(HOSTS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+mutants: $(READY) ## make each mistake of trainer/tests/mutants.yaml in a copy and see its test fail; ONLY=word picks some
+	@$(FOREGROUND) $(BIN)/python trainer/tests/helpers/mutants.py $(if $(ONLY),--only "$(ONLY)")
 
 bench: $(READY) ## measure against plain DDP, print the table; ROWS=step,data picks some; BENCH_MINUTES=10 for ROWS=time,avx2
 	@$(BIN)/k8scifar prepare --source "$(DATA)" --data-dir "$(DATA_DIR)"
@@ -228,7 +234,7 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff format trainer
 	@$(BIN)/ruff format --config trainer/pyproject.toml image chart
 
-.PHONY: help venv clean train report evaluate tensorboard test test-nightly test-versions golden chaos bench bench-gpu \
+.PHONY: help venv clean train report evaluate tensorboard test test-nightly test-versions golden chaos mutants bench bench-gpu \
 	scaling gpu lint format \
 	up down status logs results tensorboard-cluster diagnose \
 	chart-lint template install uninstall schema chart-docs package \

@@ -1,4 +1,7 @@
-"""`make up` and `make down`: docker, Helm, kind, k3d and minikube are stand-ins that log."""
+"""`make up` and `make down`: docker, Helm, kind, k3d and minikube are stand-ins that log.
+
+Shows the command lines and what follows from their answers; not that the real tools take them: workflows/cluster.yml.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The image's tools without an engine: choices, messages, the lock, the pruning. Engines are stand-ins that log."""
+"""The image's tools without an engine: choices, messages, the lock, the pruning. Engines are stand-ins that log.
+
+Shows the engines' command lines; that an engine takes them is shown by test_image_engine.py.
+"""
 
 from __future__ import annotations
 

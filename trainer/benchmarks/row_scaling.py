@@ -39,7 +39,7 @@ def measure(options: Options) -> dict:
     plan = {"": ("allreduce",), "100mbit": ("auto",)} if options.tiny else RATES
     repeats = 1 if options.tiny else REPEATS
     cells: dict[str, dict[str, list[dict]]] = {}
-    with hosts.two(tuple(CORES)) as pair:
+    with hosts.several(tuple(CORES)) as pair:
         for rate, modes in [(rate, modes) for _ in range(repeats) for rate, modes in plan.items()]:
             for host in pair:
                 host.limit(rate)

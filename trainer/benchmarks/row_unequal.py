@@ -38,7 +38,7 @@ def measure(options: Options) -> dict:
     repeats = 1 if options.tiny else REPEATS
     rates: dict[str, list[float]] = {}
     said: list[str] = []
-    with quota(QUOTA) as group, hosts.two(tuple(CORES)) as pair:
+    with quota(QUOTA) as group, hosts.several(tuple(CORES)) as pair:
 
         def hold(host: str, process: int) -> None:  # what it starts is held with it
             if host == pair[1].name:

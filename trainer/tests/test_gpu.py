@@ -55,7 +55,7 @@ def trained(tiny_config, tiny_data, tmp_path):
 
 def test_trains_by_nccl_and_says_on_what(trained):
     folder, said = trained("plain", "hardware.precision=auto")
-    assert "nccl" in said
+    assert "nccl" in said  # the headline's own word: what was asked for
     assert json.loads((folder / "summary.json").read_text())["device"].startswith("NVIDIA")
     assert 0 < history(folder)[-1]["train_loss"] < 2.5
 

@@ -1,4 +1,7 @@
-"""A stand-in kubectl, and the objects of a release as a cluster shows them, for the tests of the cluster tools."""
+"""A stand-in kubectl, and the objects of a release as a cluster shows them, for the tests of the cluster tools.
+
+Its answers and messages are written by hand: a test shows what the tools make of them, not that a cluster says them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A small server that answers a real kubectl as the Kubernetes API does, and a way to run the tools on it."""
+"""A small server that answers a real kubectl as the Kubernetes API does, and a way to run the tools on it.
+
+kubectl and Helm are real; no controller is, nor the API's admission: what it answers is written by hand.
+"""
 
 from __future__ import annotations
 

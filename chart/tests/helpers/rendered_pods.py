@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 from chart_helpers import CHART, NFS, component, helm, trainer
-from hosts import command_line, two
+from hosts import command_line, several
 from patience import patient
 
 BIN = Path(sys.executable).parent
@@ -153,7 +153,7 @@ def cluster(objects, folder):
     pods: list[Pod] = []
     (first,) = (word for word in trainer(objects)["containers"][0]["args"] if word.startswith("--master-addr="))
     name = first.partition("=")[2]
-    with two([name, name.replace("-0.", "-1.", 1)]) as hosts:
+    with several([name, name.replace("-0.", "-1.", 1)]) as hosts:
         try:
             pods += [Pod(host, ordinal, objects, folder) for ordinal, host in enumerate(hosts)]
             yield hosts, pods

@@ -74,6 +74,14 @@ def _write(path: Path, content: bytes | memoryview, before: Callable[[], None]) 
     sync_folder(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, under names that survive a power cut. Raises OSError."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
 def unwritten(what: Path | str, error: Exception) -> str:
     """Return the error text for a file that could not be written."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -96,6 +96,30 @@ def test_fingerprint_sees_what_ranks_must_share_and_nothing_else():
     assert base.fingerprint() != Config(resolution=[Stage(until=1.0, pixels=24)]).fingerprint()
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["optimizer.lr=0.3", "optimizer.weight_decay=0", "schedule.warmup=0.3", "augment.translate=1", "data.holdout=100",
+     "label_smoothing=0.3", "micro_batch=120", "seed=5", "last_batch=pad", "epochs=3", "model.zero_init=true"],
+)  # fmt: skip
+def test_what_decides_the_weights_is_a_difference_and_must_be_alike_on_all_ranks(change):
+    base, other = loading.load(), loading.load(sets=[change])
+    assert list(other.differences(base.identity())) == [change.partition("=")[0]]
+    assert other.shared() != base.shared() and other.fingerprint() != base.fingerprint()
+
+
+def test_places_and_logs_may_differ_from_rank_to_rank():
+    sets = [
+        "runs_dir=/a",
+        "name=b",
+        "data.dir=/c",
+        "log.every_steps=3",
+        "hardware.threads=2",
+        "distributed.interface=eth7",
+    ]
+    base, other = loading.load(), loading.load(sets=sets)
+    assert other.shared() == base.shared() and other.differences(base.identity()) == {}
+
+
 def test_config_command_prints_what_load_resolves():
     done = cli("config", "--recipe", "quick", "--set", "seed=3")
     assert done.returncode == 0, done.stderr

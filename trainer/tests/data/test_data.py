@@ -13,19 +13,19 @@ from k8scifar.errors import UserError
 from k8scifar.training.plan import Plan
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+STORED = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
 def pictures() -> Images:
-    images = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return Images(images, torch.arange(40) % 10, MEAN, STD, border=4)
+    return Images(STORED, torch.arange(40) % 10, MEAN, STD, border=4)
 
 
-def plainly(pictures: Images, samples: torch.Tensor) -> torch.Tensor:
-    """What `plain` must give at 32 pixels, computed picture by picture from the stored bytes."""
-    border = pictures._border
-    bytes_ = pictures._crop(samples, border, border).view(-1, 32, 32, 3).permute(0, 3, 1, 2)
-    return (bytes_.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+def plainly(samples: torch.Tensor) -> torch.Tensor:
+    """What `plain` must give at 32 pixels, computed from the stored bytes alone."""
+    return (STORED[samples].permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
+        STD
+    ).view(3, 1, 1)
 
 
 @pytest.mark.parametrize("counts", [[4], [2, 2], [3, 1], [1, 1, 1, 1], [2, 1, 1]])
@@ -80,13 +80,13 @@ def test_plain_pictures_are_the_stored_ones_normalised(pictures):
     samples = torch.tensor([3, 1, 17])
     batch = pictures.plain(samples, 32)
     assert batch.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(batch, plainly(pictures, samples), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(batch, plainly(samples), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pixels", [12, 20, 24])
 def test_resizing_is_torchs_antialiased_bilinear(pictures, pixels):
     samples = torch.arange(8)
-    wanted = F.interpolate(plainly(pictures, samples), (pixels, pixels), mode="bilinear", antialias=True)
+    wanted = F.interpolate(plainly(samples), (pixels, pixels), mode="bilinear", antialias=True)
     torch.testing.assert_close(pictures.plain(samples, pixels), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -94,7 +94,7 @@ def test_augmentation_is_a_crop_of_the_reflected_picture_mirrored_and_cut(pictur
     samples = torch.arange(40)
     settings = {"seed": 1, "epoch": 2, "flip": True, "translate": 4, "cutout": 12}
     batch = pictures.augmented(samples, 32, **settings)
-    padded = F.pad(plainly(pictures, samples), (4, 4, 4, 4), mode="reflect")
+    padded = F.pad(plainly(samples), (4, 4, 4, 4), mode="reflect")
     mirrored = 0
     for index in range(40):
         cut = (batch[index].abs() < 1e-6).all(0)  # the mean is 0
@@ -105,6 +105,18 @@ def test_augmentation_is_a_crop_of_the_reflected_picture_mirrored_and_cut(pictur
         assert plain.sum() + flipped.sum() == 1
         mirrored += int(flipped.sum())
     assert 8 < mirrored < 32
+
+
+def test_shifts_reach_every_place_within_their_limit_and_none_beyond():
+    """Of one image whose bytes say where they lie: its first pixel is that of the border at each of 5 x 5 places."""
+    at = torch.arange(1, 33, dtype=torch.uint8)
+    images = torch.stack([at[:, None].expand(32, 32), at.expand(32, 32), at.expand(32, 32)], dim=2).expand(
+        2000, 32, 32, 3
+    )
+    images = Images(images.contiguous(), torch.zeros(2000), [0.0] * 3, [1 / 255] * 3, border=4)
+    batch = images.augmented(torch.arange(2000), 32, seed=0, epoch=0, flip=False, translate=2, cutout=0)
+    middle = batch[:, :2, 16, 16].round().int() - 17
+    assert {tuple(each) for each in middle.tolist()} == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
 
 
 def test_augmentation_of_a_sample_does_not_depend_on_its_batch(pictures):
@@ -135,7 +147,7 @@ def test_alternating_flip_shows_each_image_both_ways_in_two_epochs(pictures):
 @pytest.mark.parametrize("shift", [-1, 1, 4])
 def test_a_shifted_picture_is_a_crop_of_the_reflected_one(pictures, shift):
     samples, at = torch.arange(5), 4 + shift
-    padded = F.pad(plainly(pictures, samples), (4, 4, 4, 4), mode="reflect")
+    padded = F.pad(plainly(samples), (4, 4, 4, 4), mode="reflect")
     wanted = padded[:, :, at : at + 32, at : at + 32]
     torch.testing.assert_close(pictures.plain(samples, 32, shift), wanted, atol=1e-5, rtol=1e-5)
 

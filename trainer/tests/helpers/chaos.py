@@ -1,9 +1,9 @@
-"""Chaos: faults at random moments of a two-host training, and then: are the weights those of an undisturbed one?
+"""Chaos: faults at random moments of a training on several hosts, then a comparison with an undisturbed training.
 
-``python trainer/tests/helpers/chaos.py --kills 20`` (`make chaos KILLS=20`) trains run after run, strikes until the
-faults are used up, compares each finished run with the undisturbed one, bit for bit, and prints a table. At the end a
-node of an elastic group is gone for good, and comes back later: that one's result is equal but for rounding. Needs root
-and Linux.
+``python trainer/tests/helpers/chaos.py --kills 20 --hosts 3`` (`make chaos KILLS=20 HOSTS=3`) trains run after run,
+strikes until the faults are used up, compares each finished run with the undisturbed one, bit for bit, and prints a
+table. At the end one of two nodes of an elastic group is gone for good, and comes back later: that run's result is
+equal but for rounding. Needs root and Linux.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import elastic
 import hosts
 import yaml
-from pods import NAMES, Group
+from pods import Group, names
 from runs import TINY, history
 
 from k8scifar.data.prepare import prepare
@@ -37,11 +37,12 @@ RANK, AGENT = (
 )  # in their command lines; the agent's tells of the rank's too
 LIMIT = 300.0  # seconds within which any fault must be mended
 
-# What is trained: 8 epochs of 6 steps with an evaluation after each; a checkpoint every 4 steps.
+# What is trained: 10 epochs of 5 steps with an evaluation after each; a checkpoint every 4 steps.
 CONFIG = TINY | {
-    "epochs": 8,
+    "epochs": 10,
+    "global_batch": 120,  # one micro-batch a host: measured speeds can't divide the work of two runs differently
     "checkpoint": {"every_steps": 4, "keep": 3},
-    "distributed": {"timeout_seconds": TIMEOUT, "local_sgd_steps": 5},  # averagings fall beside checkpoints, too
+    "distributed": {"timeout_seconds": TIMEOUT, "local_sgd_steps": 3},  # averagings fall beside checkpoints, too
     "optimizer": {"name": "muon", "lr": 0.02},  # whose directions the owners exchange
     "log": {"every_seconds": 0.001, "every_steps": 1000, "tensorboard": False},
 }
@@ -110,8 +111,8 @@ def kill_pod(group: Group, host: int) -> None:
     group.machines[host].kill()
 
 
-def kill_both(group: Group, host: int) -> None:
-    """SIGKILL of both pods at once"""
+def kill_all(group: Group, host: int) -> None:
+    """SIGKILL of all pods at once"""
     for machine in group.machines:
         machine.kill()
 
@@ -159,8 +160,8 @@ def reset_connections(group: Group, host: int) -> None:
 
 
 def damage_checkpoint(group: Group, host: int) -> None:
-    """the newest checkpoint cut short, then both pods killed"""
-    kill_both(group, host)
+    """all pods killed, then the newest checkpoint cut short"""
+    kill_all(group, host)
     for path in checkpoint.listed(group.run_dir / "checkpoints")[:1]:
         path.write_bytes(path.read_bytes()[: random.randrange(path.stat().st_size)])
 
@@ -168,11 +169,11 @@ def damage_checkpoint(group: Group, host: int) -> None:
 KINDS = {
     function.__name__: function
     for function in (
-        *(kill_worker, kill_agent, kill_pod, kill_both, preempt),
+        *(kill_worker, kill_agent, kill_pod, kill_all, preempt),
         *(freeze_rank, freeze_agent, freeze_pod, cut_link, slow_link, reset_connections, damage_checkpoint),
     )
 }
-KILLS = ("kill_worker", "kill_agent", "kill_pod", "kill_both", "preempt", "reset_connections", "damage_checkpoint")
+KILLS = ("kill_worker", "kill_agent", "kill_pod", "kill_all", "preempt", "reset_connections", "damage_checkpoint")
 
 
 def train(folder: Path, data: Path, name: str, machines: list, plan: list[str], draw: random.Random, report: Report):
@@ -180,7 +181,7 @@ def train(folder: Path, data: Path, name: str, machines: list, plan: list[str], 
     config = folder / "config.yaml"
     group = Group(machines, folder, config, data, name)
     try:
-        for rank in range(2):
+        for rank in range(len(machines)):
             group.start(rank)
         while plan and not group.done:
             calm = draw.random() < 0.7  # else the fault falls into the recovery from the one before, or into the start
@@ -188,7 +189,7 @@ def train(folder: Path, data: Path, name: str, machines: list, plan: list[str], 
                 mended(group, report)
             wait_for(group, draw.uniform(0.0, 4.0 if calm else 8.0))
             if not group.done:
-                strike = Strike(plan.pop(0), draw.randrange(2), group.step)
+                strike = Strike(plan.pop(0), draw.randrange(len(machines)), group.step)
                 report.strikes.append(strike)
                 print(f"{name}: step {strike.step}: {strike.kind} on host {strike.host}", file=sys.stderr, flush=True)
                 KINDS[strike.kind](group, strike.host)
@@ -230,12 +231,15 @@ def undisturbed(folder: Path, data: Path, machines: list) -> Path:
     return train(folder, data, "undisturbed", machines, [], random.Random(0), Report())
 
 
-def chaos(folder: Path, kinds: list[str], kills: int, seed: int, report: Report, comm: str = "allreduce") -> None:
-    """Strike `kills` times, each kind about equally often, in the mode of communication `comm`.
+def chaos(
+    folder: Path, kinds: list[str], kills: int, seed: int, report: Report, comm: str = "allreduce", count: int = 2
+) -> None:
+    """Strike `count` hosts `kills` times, each kind about equally often, in the mode of communication `comm`.
 
     Raises AssertionError where a training does not recover.
     """
     config = CONFIG | {"distributed": CONFIG["distributed"] | {"comm": comm}}
+    config["micro_batch"] = config["global_batch"] // count
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     draw = random.Random(seed)
     random.seed(seed)
@@ -243,7 +247,7 @@ def chaos(folder: Path, kinds: list[str], kills: int, seed: int, report: Report,
     draw.shuffle(plan)
     data = folder / "data"
     prepare(data, "synthetic:600:303")
-    with hosts.two(NAMES) as machines:
+    with hosts.several(names(count)) as machines:
         reference = undisturbed(folder, data, machines)
         while plan:
             report.runs += 1
@@ -260,7 +264,7 @@ def gone(folder: Path, seed: int) -> str:
     """
     draw, data, config = random.Random(seed), folder / "data", folder / "elastic.yaml"
     config.write_text(yaml.safe_dump(elastic.CONFIG))
-    with hosts.two(NAMES) as machines:
+    with hosts.several(names(2)) as machines:
         groups = [Group(machines, folder, config, data, name, *elastic.options()) for name in ("all-there", "one-gone")]
         try:
             for group in groups:
@@ -284,8 +288,9 @@ def gone(folder: Path, seed: int) -> str:
             for group in groups:
                 group.stop()
     return (
-        f"a node gone for good after step {step}: trained on without it {alone:.1f} s later ({elastic.options()[1]}), "
-        f"with it again {back:.1f} s after its start; losses and weights as undisturbed, but for rounding"
+        f"one of two nodes gone for good after step {step}: trained on without it {alone:.1f} s later "
+        f"({elastic.options()[1]}), with it again {back:.1f} s after its start; "
+        "losses and weights as undisturbed, but for rounding"
     )
 
 
@@ -299,6 +304,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="how many faults (20)")
+    parser.add_argument("--hosts", type=int, choices=(2, 3, 4), default=2, help="on how many hosts (2)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the kinds and moments (the time)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which faults (all)")
     parser.add_argument(
@@ -309,14 +315,14 @@ def main() -> int:
     report, error, left = Report(), "", ""
     with tempfile.TemporaryDirectory(prefix="k8scifar-chaos-") as folder:
         try:
-            chaos(Path(folder), args.kinds, args.kills, args.seed, report, args.comm)
+            chaos(Path(folder), args.kinds, args.kills, args.seed, report, args.comm, args.hosts)
             if args.kinds == list(KINDS):
                 left = gone(Path(folder), args.seed)
         except AssertionError as failure:
             error = f"error: with --seed {args.seed}: {failure}"
     print(f"{report.table()}\n\n{report.growth()}")
     print(
-        f"{len(report.strikes)} faults in {report.runs} trainings, seed {args.seed}; "
+        f"{len(report.strikes)} faults in {report.runs} trainings on {args.hosts} hosts, seed {args.seed}; "
         f"trainings that did not equal the undisturbed one bit for bit: {report.wrong}"
     )
     print(left, end="\n" * bool(left))

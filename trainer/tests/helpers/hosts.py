@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces on a veth pair, each with its own host name and names of the others."""
+"""Hosts on one machine: network namespaces on a bridge, each with its own host name and names of the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import janitor
 import pytest
 from janitor import command_line
 
-_pairs = itertools.count()  # several pairs of hosts at once have names of their own
+_groups = itertools.count()  # several groups of hosts at once have different names
 
 
 def require() -> None:
@@ -30,21 +30,23 @@ def require() -> None:
 
 
 @contextlib.contextmanager
-def two(names: Sequence[str]) -> Iterator[list[Host]]:
-    """Two hosts that see each other under these names; all their processes are killed at the end."""
+def several(names: Sequence[str]) -> Iterator[list[Host]]:
+    """Hosts on one bridge that see each other under these names; all their processes are killed at the end."""
     require()
     janitor.start()
-    pair = next(_pairs)
-    spaces = [f"k8scifar-{os.getpid()}-{pair}-{number}" for number in range(2)]
-    hosts = [
-        Host(space, name, f"10.77.0.{number + 1}")
-        for number, (space, name) in enumerate(zip(spaces, names, strict=True))
-    ]
+    prefix = f"k8scifar-{os.getpid()}-{next(_groups)}"
+    switch = f"{prefix}-switch"
+    hosts = [Host(f"{prefix}-{number}", name, f"10.77.0.{number + 1}") for number, name in enumerate(names)]
+    spaces = [switch, *(host.space for host in hosts)]
     try:
         for space in spaces:
             _ip("netns", "add", space)
-        _ip("link", "add", "eth0", "netns", spaces[0], "type", "veth", "peer", "name", "eth0", "netns", spaces[1])
-        for host in hosts:
+        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", switch, "link", "set", "bridge", "up")
+        for number, host in enumerate(hosts):
+            port = f"port{number}"
+            _ip("link", "add", "eth0", "netns", host.space, "type", "veth", "peer", "name", port, "netns", switch)
+            _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
             _ip("-n", host.space, "addr", "add", f"{host.address}/24", "dev", "eth0")
             _ip("-n", host.space, "link", "set", "eth0", "up")
             _ip("-n", host.space, "link", "set", "lo", "up")
@@ -113,7 +115,7 @@ class Host:
             subprocess.run([*tc, "add", "dev", "eth0", "root", *shape], check=True)
 
     def reset_connections(self) -> None:
-        """Have the kernel abort all TCP connections with the other host."""
+        """Have the kernel abort all TCP connections with the other hosts."""
         command = ["ip", "netns", "exec", self.space, "ss", "-K", "dst", "10.77.0.0/24"]
         subprocess.run(command, check=True, capture_output=True)
 

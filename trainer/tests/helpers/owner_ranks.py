@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo  # DDP would import it in each rank
@@ -118,6 +119,19 @@ def rounded(world: World) -> None:
             rest = saved["shared"][index]
             assert rest.any()
             torch.testing.assert_close(made[weight] + rest, asked_for, rtol=1e-3, atol=1e-3)
+    left = [tensor.clone() for tensor in exchange._own()]
+    resumed(world, saved, left)
+
+
+def resumed(world: World, saved: dict[str, Any], left: list[torch.Tensor]) -> None:
+    """Another process has each rank's own remainders from a snapshot, and the owners' that all hold."""
+    box = [saved]
+    dist.broadcast_object_list(box, 0)  # as `find` gives every rank what rank 0 has read
+    net, optimizer = build()
+    exchange = Int8(Config(), world, DistributedDataParallel(net, gradient_as_bucket_view=True), optimizer)
+    assert exchange.restore(box[0])
+    assert all(map(torch.equal, exchange._own(), left)) and any(tensor.any() for tensor in left)
+    assert all(map(torch.equal, exchange._shared(), box[0]["shared"]))
 
 
 def rank(number: int, folder: Path) -> None:

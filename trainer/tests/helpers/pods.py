@@ -1,4 +1,4 @@
-"""Two pods on two hosts, run as a kubelet runs them: what each must do is `k8scifar launch` under a restart loop."""
+"""Pods on several hosts, run as a kubelet runs them: what each must do is `k8scifar launch` under a restart loop."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from hosts import Host
 from patience import patient
 
 BIN = Path(sys.executable).parent
-NAMES = ("cifar-0.cifar.lab.svc.cluster.local", "cifar-1.cifar.lab.svc.cluster.local")
 PORT = 29500
 _STEP = re.compile(r"\bstep (\d+)/")
 _RESUMED = re.compile(r"resuming at step (\d+)")
+
+
+def names(count: int) -> list[str]:
+    """The pods' host names, as the chart's headless service gives them."""
+    return [f"cifar-{number}.cifar.lab.svc.cluster.local" for number in range(count)]
 
 
 class Pod:
@@ -54,7 +58,7 @@ class Pod:
 
 
 class Group:
-    """Two pods that train one run in `folder`, and what their logs tell: when each step was done."""
+    """A pod on each machine, which train one run in `folder`, and what their logs tell: when each step was done."""
 
     def __init__(
         self, machines: list[Host], folder: Path, config: Path, data: Path, name: str, *arguments: str
@@ -72,9 +76,9 @@ class Group:
         data, runs = data or self._data, runs or self.folder / "runs"
         paths = [f"--config={self._config}", f"--data-dir={data}", f"--runs-dir={runs}"]
         command = [
-            *(str(BIN / "k8scifar"), "launch", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}"),
-            *(f"--master-addr={NAMES[0]}", f"--master-port={PORT}", "--restart=always", "--when-done=hold"),
-            *(f"--name={self.name}", *paths, *self._arguments),
+            *(str(BIN / "k8scifar"), "launch", f"--nnodes={len(self.machines)}", "--nproc-per-node=1"),
+            *(f"--node-rank={rank}", f"--master-addr={self.machines[0].name}", f"--master-port={PORT}"),
+            *("--restart=always", "--when-done=hold", f"--name={self.name}", *paths, *self._arguments),
         ]
         own = self.folder / f"{self.name}-{rank}"
         own.mkdir(exist_ok=True)
@@ -85,6 +89,8 @@ class Group:
             "K8SCIFAR_TERMINATION_LOG": str(own / "termination-log"),
             "K8SCIFAR_HEARTBEAT": str(own / "heartbeat"),
             **variables,
+            # faults of the test, then changed sources of its runner
+            "PYTHONPATH": ":".join(filter(None, (variables.get("PYTHONPATH"), os.environ.get("PYTHONPATH")))),
         }
         pod = Pod(self.machines[rank], command, environment, own / "log")
         self.pods.append(pod)
@@ -109,7 +115,7 @@ class Group:
 
     @property
     def done(self) -> bool:
-        """Whether both pods hold after the end of training."""
+        """Whether all pods hold after the end of training."""
         return all("holding until" in pod.text() for pod in self.pods)
 
     def summary(self) -> dict:
@@ -118,7 +124,7 @@ class Group:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def until(self, condition, seconds: float, what: str) -> None:
-        """Wait for it. Raises AssertionError with both logs' ends."""
+        """Wait for it. Raises AssertionError with the ends of all logs."""
         seconds = patient(seconds)
         end = time.monotonic() + seconds
         while not condition():
@@ -135,10 +141,10 @@ class Group:
 
 
 @contextlib.contextmanager
-def group(*arguments, **options) -> Iterator[Group]:
+def group(*arguments) -> Iterator[Group]:
     """`Group` on two fresh hosts; see its arguments."""
-    with hosts.two(NAMES) as machines:
-        pair = Group(machines, *arguments, **options)
+    with hosts.several(names(2)) as machines:
+        pair = Group(machines, *arguments)
         try:
             yield pair
         finally:

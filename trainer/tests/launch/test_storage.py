@@ -141,6 +141,20 @@ def test_training_goes_on_while_the_disk_is_full_and_ends_when_there_is_space(
         assert weights_hash(small / "full") == weights_hash(undisturbed)
 
 
+@pytest.mark.parametrize(("number", "tries"), [(errno.ESTALE, 3), (errno.EIO, 3), (errno.ENOSPC, 1), (errno.EACCES, 1)])
+def test_what_a_restarting_server_answers_is_tried_again_and_nothing_else(number, tries, monkeypatch):
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
+    made = []
+
+    def fail() -> None:
+        made.append(number)
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=os.strerror(number)):
+        files.patiently(fail)
+    assert len(made) == tries
+
+
 def test_only_what_was_half_written_is_removed(tmp_path):
     for name in (".step-1.abc.tmp", ".lock", "step-1.pt", "notes.tmp"):
         (tmp_path / name).touch()

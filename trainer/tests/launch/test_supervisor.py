@@ -1,4 +1,7 @@
-"""When the supervisor retries, what it waits for and how it ends; with stand-ins for torchrun."""
+"""When the supervisor retries, what it waits for and how it ends; with stand-ins for torchrun.
+
+test_recovery.py and test_two_hosts.py show that torchrun and the ranks end in these ways.
+"""
 
 import json
 import os

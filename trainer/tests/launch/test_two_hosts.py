@@ -33,7 +33,7 @@ def folder(module_path):
 
 @pytest.fixture(scope="module")
 def machines():
-    with hosts.two(pods.NAMES) as pair:
+    with hosts.several(pods.names(2)) as pair:
         yield pair
 
 

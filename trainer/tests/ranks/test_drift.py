@@ -56,3 +56,6 @@ def test_digest_sees_one_bit_and_not_the_order(resnet18):
     bits[0, 0, 0, 0] -= 1
     bits[0, 0, 0, 1] += 1
     assert state.digest() == digest
+    bits[0, 0, 0, 2] ^= 1
+    assert state.digest() != digest, "the last bit alone"
+    bits[0, 0, 0, 2] ^= 1

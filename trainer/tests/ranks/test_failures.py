@@ -1,4 +1,9 @@
-"""What torch's failures mean: a lost peer, a person's mistake, this machine's fault, or none of these."""
+"""What torch's failures mean: a lost peer, a person's mistake, this machine's fault, or none of these.
+
+Shows how a text is judged. Not that torch or NCCL raises it: no NCCL has run here. Behind each text stands where its
+words are from: `torch` (in libtorch 2.13's CPU build), `source` (NCCL's or torch's source), `log` (a published log,
+some as a line of NCCL's and not in an exception), `memory` (never seen in a real log).
+"""
 
 from __future__ import annotations
 
@@ -25,37 +30,47 @@ REMOTE = (
     "remote process exited or there was a network error",
     "ncclRemoteError: A call failed possibly due to a network",
 )
+ARGUMENT = ("invalid argument", "ncclInvalidArgument: Invalid value for an argument.")
 INTERNAL = ("internal error - please report this issue", "ncclInternalError: Internal check failed.")
 
 MISTAKES = [
+    # log
     (dist.DistBackendError(NCCL.format(*USAGE, "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 4000")),
      "the same GPU.*--nproc-per-node"),
-    (ValueError("ProcessGroupNCCL is only supported with GPUs, no GPUs found!"), "no GPU for this rank"),
-    (RuntimeError("ProcessGroupNCCL is only supported with GPUs, no GPUs found!"), "hardware.device=cpu"),
-    (dist.DistBackendError(NCCL.format(*CUDA, "Cuda failure 2 'out of memory'")), "memory is full: lower micro_batch"),
+    (ValueError("ProcessGroupNCCL is only supported with GPUs, no GPUs found!"), "no GPU for this rank"),  # log
+    (RuntimeError("ProcessGroupNCCL is only supported with GPUs, no GPUs found!"), "hardware.device=cpu"),  # memory
+    (dist.DistBackendError(NCCL.format(*CUDA, "Cuda failure 2 'out of memory'")),  # memory
+     "memory is full: lower micro_batch"),
     (dist.DistBackendError(NCCL.format(*CUDA, "Cuda failure 'CUDA driver version is insufficient for CUDA runtime "
-                                       "version'")), "driver is missing, or older"),
-    (dist.DistBackendError(NCCL.format(*USAGE, "Mismatched NCCL version detected : rank 0 has 22005, rank 1 22602")),
+                                       "version'")), "driver is missing, or older"),  # log: the words; memory: by NCCL
+    (dist.DistBackendError(NCCL.format(*USAGE, "Mismatched NCCL version detected : rank 0 version 22005 rank 1 version "
+                                       "22602")),  # source
      "different versions of NCCL"),
     (dist.DistBackendError(NCCL.format(*SYSTEM, "Error while creating shared memory segment /dev/shm/nccl-OTWUcv (size "
-                                       "33030528), error: No space left on device (28)")), "sharedMemorySize"),
-    (dist.DistBackendError(NCCL.format(*USAGE, "Bootstrap : no socket interface found")), "distributed.interface"),
-    (dist.DistBackendError(NCCL.format(*USAGE, "Invalid config blocking attribute value 7")), "NCCL_DEBUG=WARN"),
-    (dist.DistBackendError(NCCL.format(*CUDA, "Cuda failure 'named symbol not found'")), "without code for this GPU"),
+                                       "33030528), error: No space left on device (28)")), "sharedMemorySize"),  # log
+    (dist.DistBackendError(NCCL.format(*INTERNAL, "Bootstrap : no socket interface found")),  # log
+     "distributed.interface"),
+    (dist.DistBackendError(NCCL.format(*ARGUMENT, "Invalid config blocking attribute value -2147483648")),  # log
+     "NCCL_DEBUG=WARN"),
+    (dist.DistBackendError(NCCL.format(*CUDA, "Cuda failure 'named symbol not found'")),  # log
+     "without code for this GPU"),
     (RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be "
-                  "reported late"), "without code for this GPU"),
-    (RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."), "driver is missing, or older"),
+                  "reported late"), "without code for this GPU"),  # log
+    (RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."),  # log
+     "driver is missing, or older"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB. GPU 0 has a total capacity of 14 GiB. "
-                            "documentation for Memory Management, timeout and socket settings"), "lower micro_batch"),
+                            "documentation for Memory Management, timeout and socket settings"),  # log, memory
+     "lower micro_batch"),
 ]  # fmt: skip
 MACHINES = [
-    dist.DistBackendError(NCCL.format(*CUDA, "Cuda failure 999 'unknown error'")),
-    dist.DistBackendError(NCCL.format(*INTERNAL, "Net device plugin failed")),
-    RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronous"),
-    RuntimeError("CUDA error: the launch timed out and was terminated"),
-    RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
+    dist.DistBackendError(NCCL.format(*CUDA, "Cuda failure 999 'unknown error'")),  # log
+    dist.DistBackendError(NCCL.format(*INTERNAL, "Net device plugin failed")),  # memory
+    RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronous"),  # log
+    RuntimeError("CUDA error: the launch timed out and was terminated"),  # log
+    RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),  # log
 ]
 PEERS = [
+    # torch: the first words of each; "Connection reset" and "Broken pipe" are the system's.
     RuntimeError("[/pytorch/third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.1.0.7]:40113"),
     RuntimeError("[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 60000ms for recv"),
     RuntimeError("[/pytorch/third_party/gloo/transport/tcp/pair.cc:525] Read error [10.1.0.7]:1: Connection reset"),
@@ -66,13 +81,14 @@ PEERS = [
     RuntimeError("Socket Timeout"),
     dist.DistStoreError("wait timeout after 30000ms, keys: /0//worker/1"),
     dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (node-0, 29500)."),
-    dist.DistBackendError(NCCL.format(*REMOTE, "socketProgress: Call to recv from 10.1.0.7<33759> failed : Connection "
-                                      "reset by peer")),
+    dist.DistBackendError(NCCL.format(*REMOTE, "socketProgressOpt: Call to send to 10.1.0.7<33759> failed : Connection "
+                                      "reset by peer")),  # log
+    # log, but of "Connection reset by peer"; memory
     dist.DistBackendError(NCCL.format(*INTERNAL, "Net : Call to recv from 10.1.0.7<3> failed : Broken pipe")),
     dist.DistBackendError(NCCL.format(*SYSTEM, "socket: Connect to 10.1.0.7<41135> failed : Connection refused")),
     dist.DistBackendError("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, "
-                          "Timeout(ms)=75000) ran for 75060 milliseconds before timing out."),
-    dist.DistBackendError("NCCL communicator was aborted on rank 1."),
+                          "Timeout(ms)=75000) ran for 75060 milliseconds before timing out."),  # log
+    dist.DistBackendError("NCCL communicator was aborted on rank 1."),  # log
 ]  # fmt: skip
 OTHERS = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),

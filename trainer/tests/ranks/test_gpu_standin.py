@@ -1,4 +1,8 @@
-"""What is asked of GPUs, by a stand-in for torch.cuda: no GPU is needed."""
+"""What is asked of GPUs, by a stand-in for torch.cuda: no GPU is needed.
+
+Shows which options, variables and lines come from this code. Not that any torch, NCCL or driver heeds them, nor that a
+real one fails in these words: test_gpu.py runs on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +57,8 @@ def config(tmp_path, *sets):
     return loading.load(sets=[f"runs_dir={tmp_path}", "name=run", *sets])
 
 
-def test_gloo_notices_a_lost_peer_before_nccl_and_nccl_before_its_monitor(gpus, tmp_path, monkeypatch):
+def test_gloo_is_asked_to_notice_a_lost_peer_before_nccl_and_nccl_before_its_monitor(gpus, tmp_path, monkeypatch):
+    """The time-outs as they are handed over; in which order they strike is not shown."""
     made = gpus()
     with world.join(config(tmp_path)):
         assert not (tmp_path / "run").exists(), "one rank waits for nobody"
@@ -134,6 +139,8 @@ def test_out_of_memory_while_training_is_a_persons_to_mend(gpus, tmp_path):
 
 
 def test_reader_does_not_wait_for_a_stuck_gpu_for_good(monkeypatch):
+    """With an event that is never done; not that a real stuck GPU lets `query` return."""
+
     class Event:
         def record(self):
             pass

@@ -1,4 +1,7 @@
-"""Precision: what is chosen for which devices, and loss scaling for fp16, whose arithmetic itself needs a GPU."""
+"""Precision: what is chosen for which devices, and loss scaling for fp16, whose arithmetic itself needs a GPU.
+
+The choice is shown by stand-ins for what devices can do; that a real V100 or T4 says so of itself is not.
+"""
 
 from __future__ import annotations
 

@@ -10,11 +10,13 @@ import subprocess
 import time
 
 import pytest
+import torch
 from patience import patient
 from runs import HELPERS, cli_command, run
 
 from k8scifar.errors import LATE, Superseded
 from k8scifar.results import lease
+from k8scifar.results.run_folder import RunFolder
 
 NO_LOCKS = {"PYTHONPATH": str(HELPERS / "faults"), "K8SCIFAR_NO_LOCKS": "1", "K8SCIFAR_RELEASE": "lab/cifar"}
 OFTEN = ("--set", "checkpoint.every_steps=2", "--set", "log.tensorboard=false")
@@ -104,6 +106,22 @@ def test_a_full_disk_takes_no_lease_and_keeps_nobody_from_training(taken, tmp_pa
     (tmp_path / lease.FOLDER / "00000002.json").write_text("{}")
     with pytest.raises(Superseded):
         lease.check(tmp_path)
+
+
+def test_a_late_process_writes_neither_metrics_nor_weights_nor_its_summary(taken, tmp_path, monkeypatch):
+    taken("one")
+    mine, folder = dict(lease._held), RunFolder(tmp_path)
+    taken("two")
+    before = files(tmp_path)
+    monkeypatch.setattr(lease, "_held", mine)
+    for write in (
+        lambda: folder.write_metrics([{"epoch": 1}]),
+        lambda: folder.export({"weight": torch.ones(1)}, {}),
+        lambda: folder.write_summary({}),
+    ):
+        with pytest.raises(Superseded):
+            write()
+    assert files(tmp_path) == before
 
 
 def test_who_took_none_may_write(tmp_path):

@@ -1,4 +1,7 @@
-"""Progress, and the step that is named for a loss that is not finite: both read a GPU rarely."""
+"""Progress, and the step that is named for a loss that is not finite: both read a GPU rarely.
+
+Shows how often a value is read, counted on the CPU; not what a reading costs a GPU.
+"""
 
 from __future__ import annotations
 

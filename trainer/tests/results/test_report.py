@@ -12,7 +12,7 @@ import pytest
 from k8scifar.cli import main
 from k8scifar.data import packed
 from k8scifar.data.prepare import require
-from k8scifar.results import report
+from k8scifar.results import ownership, report
 from k8scifar.results.outcome import WORST
 
 NASTY = ["<script>alert(1)</script>", r"$\frac{", "quo\"te & 's", "猫"]
@@ -211,3 +211,13 @@ def test_mistakes_of_a_person(finished, tiny_data, capsys):
     assert "holds other data" in capsys.readouterr().err
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / report.NAME)
+
+
+def test_another_release_s_report_is_not_written_over(tmp_path, monkeypatch, capsys):
+    (tmp_path / ownership.OWNER).write_text('{"release": "lab/cifar"}')
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / report.NAME).write_text("theirs")
+    monkeypatch.setenv(ownership.RELEASE, "team/cifar")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "belongs to release cifar in namespace lab" in capsys.readouterr().err
+    assert (tmp_path / report.NAME).read_text() == "theirs"

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from k8scifar.errors import Superseded
 from k8scifar.results import evaluated
 from k8scifar.training import checkpoint
 from k8scifar.training.checkpoint import Damaged, Writer, listed, newest_good
@@ -74,6 +75,23 @@ def test_hostile_file_runs_no_code(tmp_path):
     with pytest.raises(Damaged):
         checkpoint.load(path)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_late_process_writes_no_checkpoint_and_remembers_why(tmp_path):
+    def check() -> None:
+        raise Superseded("late")
+
+    writer = Writer(tmp_path, 1, pytest.fail, before=check)
+    writer.save({"step": 1}, 1)
+    writer.close()
+    assert str(writer.late) == "late" and writer.written == (0, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_best_is_the_first_of_equally_good_epochs():
+    history = [{"step": step, "test_accuracy": accuracy} for step, accuracy in ((6, 0.5), (12, 0.7), (18, 0.7))]
+    assert evaluated.best_step(history) == 12
+    assert evaluated.best_step([*history[:1], {"step": 12}]) == 6
 
 
 def test_failed_write_warns_and_keeps_what_is_there(tmp_path):

@@ -1,4 +1,8 @@
-"""hardware.compile: the same training, a graph a resolution, and one line where the machine can't compile."""
+"""hardware.compile: the same training, a graph a resolution, and one line where the machine can't compile.
+
+Shows the graphs that Dynamo traces and their losses, by a backend that compiles nothing; not that Inductor's code
+computes the same, which test_gpu.py asks on a GPU.
+"""
 
 from __future__ import annotations
 

@@ -23,6 +23,9 @@ def test_accuracies_with_more_views_are_those_of_the_weighted_logits(pixels):
     net, samples = nn.Sequential(nn.Flatten(), nn.Linear(3 * pixels**2, 3)), torch.arange(500)
     with join(loading.load(sets=["hardware.device=cpu"])) as world:
         found = evaluate(net, images, world, classes=3, pixels=pixels, batch=64, tta="shifts").figures
+        some = evaluate(net, images, world, classes=3, pixels=pixels, batch=64, limit=7)
+    assert net.training and some.figures["images"] == 7
+    assert some.samples.tolist() == [0, 71, 142, 214, 285, 357, 428], "evenly spaced"
     with torch.no_grad():
         plain, up, down = (images.plain(samples, pixels, shift) for shift in (0, -1, 1))
         mirrored = (net(plain) + net(plain.flip(3))) / 2

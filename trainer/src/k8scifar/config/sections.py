@@ -42,7 +42,8 @@ class Optimizer(Section):
     lr: float = Field(0.2, gt=0.0, le=100.0)
     """Peak learning rate of SGD."""
     muon_lr: float = Field(0.1, gt=0.0, le=10.0)
-    """Peak learning rate of Muon (`name` muon only), of weights whose norm is the square root of their output channels."""
+    """Peak learning rate of Muon (`name` muon only), of weights whose norm is the square root of their output
+    channels."""
     muon_iterations: int = Field(5, ge=1, le=10)
     """Iterations that make a step of Muon orthogonal (`name` muon only): more is closer, and dearer."""
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
@@ -108,7 +109,8 @@ class Checkpoint(Section):
     every_seconds: float = Field(60.0, ge=0.0)
     """Also write one when the last is this many seconds old; 0: never."""
     keep: int = Field(2, ge=1, le=1000)
-    """How many of the newest checkpoints to keep; the best one is kept besides."""
+    """How many of the newest checkpoints to keep; the best one that has a checkpoint is kept
+    besides."""
     adopt: bool = False
     """Go on in a run folder that another release of the chart made, as its owner from then on."""
     accept_changes: bool = False
@@ -125,9 +127,9 @@ class Distributed(Section):
     timeout_seconds: float = Field(60.0, ge=5.0, le=86400.0)
     """How long a rank waits for a peer that is silent before it gives up."""
     comm: Literal["auto", "allreduce", "bf16", "int8", "local-sgd"] = "auto"
-    """How several ranks' gradients are combined: `allreduce` as they are (float32), rounded to `bf16` (half the bytes) or to `int8`
-    with error feedback (a quarter), `local-sgd` not at all, but the weights now and then. `auto` times the wire and a
-    step when the ranks meet, and takes the most exact one that keeps the wire from being the limit."""
+    """How several ranks' gradients are combined: `allreduce` as they are (float32), rounded to `bf16` (half the bytes)
+    or to `int8` with error feedback (a quarter), `local-sgd` not at all, but the weights now and then. `auto` times the
+    wire and a step when the ranks meet, and takes the most exact one that keeps the wire from being the limit."""
     share: Literal["auto", "equal"] = "auto"
     """Who computes how much of a global batch: `equal`, as equal as whole micro-batches can be, or `auto`: on several
     machines by speed, measured when the ranks meet and followed from epoch to epoch. Local SGD takes equal shares."""

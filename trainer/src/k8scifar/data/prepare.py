@@ -11,7 +11,7 @@ from k8scifar.console import say
 from k8scifar.data import packed
 from k8scifar.data.reading import cifar10, images, remote
 from k8scifar.errors import UserError
-from k8scifar.files import locked, remove_temporary
+from k8scifar.files import locked, make_folder, remove_temporary
 from k8scifar.urls import is_address, local, public
 
 NOTICE = (
@@ -51,7 +51,7 @@ def prepare(folder: Path, source: str = "auto") -> tuple[packed.Manifest, bool]:
     """
     check_source(source)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with locked(folder / ".prepare.lock") as alone:
             if alone:
                 remove_temporary(folder)  # of one that was killed

@@ -2,8 +2,8 @@
 
 A mode says which model to call, hooks itself into DistributedDataParallel, and is asked after each backward
 pass and after each optimiser step. Whatever the mode, the replicas are bit-identical at the end of every epoch; in all
-modes but `local-sgd` after every step. What a mode carries from step to step is in the checkpoint: once what all
-ranks share, and in one row for each rank what is its own.
+modes but `local-sgd` after every step, where the ranks' processors round alike. What a mode carries from step to step
+is in the checkpoint: once what all ranks share, and in one row for each rank what is its own.
 """
 
 # No `from __future__ import annotations`: DistributedDataParallel reads a hook's annotations, not their text.

@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from k8scifar.errors import RankError, TrainingError
 
-# What stands in a text -> what to tell its reader. A restart mends none of these.
+# What stands in a text -> what to tell its reader. A restart mends none of these. Never seen in a real log:
+# "invalid device ordinal", "no cuda-capable device", "no nvidia gpu", "no nvidia driver", "not compatible with the
+# current pytorch", "nccl version mismatch", "unable to find ... interface", "no socket interface" without Bootstrap.
 MISTAKES = {
     r"duplicate gpu": "two ranks were given the same GPU: lower --nproc-per-node to the GPUs there are (in the chart "
     "processesPerNode), or give each rank one of its own",
@@ -32,7 +34,8 @@ MISTAKES = {
 }  # fmt: skip
 NCCL_MISTAKES = r"ncclinvalidusage|ncclinvalidargument|\binvalid usage\b"
 OUT_OF_MEMORY = r"out of memory|cudnn_status_alloc_failed|cublas_status_alloc_failed"
-# gloo's, the store's and NCCL's words for a peer that ended, fell silent or was cut off.
+# gloo's, the store's and NCCL's words for a peer that ended, fell silent or was cut off. Of NCCL's, "remote process
+# exited", "peer may have", "got completion from peer" and "connection refused" were never seen in a real log.
 PEER = (
     r"^(\[\S*gloo\S*\] )?(connection (closed|reset|refused|timed out)|read error|write error|socket closed"
     r"|read timeout|write timeout|connect timeout|timed out (waiting|connecting|after)|wait timeout|socket timeout"
@@ -45,7 +48,8 @@ NCCL_PEER = (
     r"ncclremoteerror|remote process exited|connection (reset|closed|refused|timed out)|broken pipe|timed out|timeout"
     r"|aborted|peer may have|got completion from peer|(connect|recv|send)\S* (to|from) \S+ failed|socketprogress"
 )
-# A GPU, its memory or its driver gave up; another start may find it well.
+# A GPU, its memory or its driver gave up; another start may find it well. Never seen in a real log: all but
+# "uncorrectable", "launch timed out", "busy or unavailable" and "unknown error".
 MACHINE = (
     r"uncorrectable|unspecified launch failure|launch timed out|busy or unavailable|fallen off|hardware stack error"
     r"|nvlink|initialization error|unknown error|system not yet initialized|mps"

@@ -181,7 +181,7 @@ class _Part:
     def open(self) -> int:
         """How many bytes of it are here already. Raises UserError, or TrainingError where the disk is full."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self._path.parent)
             self._open = open(self._beside, "a+b")  # noqa: SIM115 (held open on purpose)
             if fcntl is not None:
                 fcntl.flock(self._open, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -39,7 +39,7 @@ def take(run_dir: Path) -> None:
     """
     folder, number = run_dir / FOLDER, 0
     try:
-        folder.mkdir(exist_ok=True)
+        files.make_folder(folder)
         while True:
             leases = check_holder(run_dir)
             number = max(leases, default=0)
@@ -106,6 +106,7 @@ def _make(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    files.sync_folder(path.parent)  # a number that a power cut took back would make a late holder the newest again
 
 
 def _numbers(folder: Path) -> list[int]:

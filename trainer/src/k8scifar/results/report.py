@@ -23,7 +23,7 @@ import k8scifar
 from k8scifar.data import holdout, packed
 from k8scifar.errors import UserError
 from k8scifar.files import write_atomically
-from k8scifar.results import participants
+from k8scifar.results import ownership, participants
 from k8scifar.results.evaluated import figure, word_of
 from k8scifar.results.speedup import sentence
 from k8scifar.results.summary import MARKER, beside, read_summary, with_todays_names
@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`k8scifar report`: write the report of a finished run again."""
     folder = args.run_dir
+    with contextlib.suppress(OSError):  # then it can't be read either
+        ownership.check_owner(folder, adopt=False)
     summary = read_summary(folder)
     if summary is None:
         raise UserError(f"{folder} is not the folder of a finished run: it has no {MARKER}; train it first")

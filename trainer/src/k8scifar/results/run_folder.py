@@ -1,7 +1,8 @@
-"""The run folder: what a run leaves behind, written by rank 0 alone.
+"""The run folder: what a run leaves behind, written by rank 0, or by the first rank of each node with its own folders.
 
 ``config.yaml`` (resolved), ``metrics.jsonl`` (a line an epoch), ``summary.json`` (the last thing written, so its
-presence means done), ``model.safetensors``, ``report.html``, ``checkpoints/`` and TensorBoard's events.
+presence means done), ``model.safetensors``, ``report.html``, ``members.json``, ``checkpoints/`` and, from rank 0 alone,
+TensorBoard's events.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from k8scifar.config.schema import Config
 from k8scifar.console import say
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import TrainingError, UserError
-from k8scifar.files import FULL, TRANSIENT, patiently, remove_temporary, unwritten, write_atomically
+from k8scifar.files import FULL, TRANSIENT, make_folder, patiently, remove_temporary, unwritten, write_atomically
 from k8scifar.results import lease, ownership, participants, weights
 from k8scifar.results.summary import MARKER, read_summary
 
 
 class RunFolder:
-    """The files of one run. A rank other than 0 makes none and writes nothing."""
+    """The files of one run. Ranks that do not keep a run folder (`World.keeps`) write nothing in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,9 +36,9 @@ class RunFolder:
         is full or fails.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             ownership.take(self.path, config.checkpoint.adopt)
-            self.checkpoints.mkdir(exist_ok=True)
+            make_folder(self.checkpoints)
             for folder in (self.path, self.checkpoints):
                 remove_temporary(folder)
             write_atomically(self.path / "config.yaml", config.to_yaml().encode())
@@ -65,7 +66,7 @@ class RunFolder:
         self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
     def write_members(self, present: list[participants.Members]) -> None:
-        """Write participants.json, who takes part. Raises TrainingError."""
+        """Write members.json, who takes part. Raises TrainingError."""
         self._write(participants.FILE, participants.content(self.path, present) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:

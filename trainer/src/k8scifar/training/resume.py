@@ -152,7 +152,7 @@ def _hand_on(folder: RunFolder, adopt: bool, finished: list[int], world: World) 
         wanted = [file.name for file in offered if not file.is_in(folder.path)] if lacks else []
         if lacks:
             say(f"the run is finished: taking what it left from the node of rank {source} into {folder.path}")
-            folder.path.mkdir(parents=True, exist_ok=True)
+            files.make_folder(folder.path)
             ownership.take(folder.path, adopt)
     except OSError as error:
         raise TrainingError(f"{folder.path} can't be used: {error.strerror}; look at its volume") from None

@@ -3,8 +3,9 @@
 In float32 those of stride 1 take winograd.py's form. Of the others: oneDNN convolves image by image, and reads all
 weights anew for each; where an image has few pixels and the weights are many (the last stages of a ResNet at 32 pixels
 and below), it waits for memory most of the time. There the patches of all images are laid out as rows of one matrix
-(im2col), so that the weights are read once. Which form is taken depends on shapes and precision alone, never on a
-measurement: a resumed run computes the same bits.
+(im2col), so that the weights are read once. Which form is taken depends on the shapes, the precision and the kind of
+processor (vendor, instructions, ONEDNN_MAX_CPU_ISA), never on a measurement: a run that resumes on the same kind of
+processor computes the same bits. On another kind it may take another form, which rounds differently.
 
 Source of the form: Chellapilla, Puri, Simard, High Performance Convolutional Neural Networks for Document Processing
 (2006).
