@@ -148,9 +148,19 @@ def test_status_of_a_training_that_moves_and_of_one_that_does_not(tmp_path):
     code, said = status(run, "--wait=1")
     assert code == 1
     assert said == "a: training, 3 epoch(s) finished, test accuracy 50.00%; nothing was written in 1 s\n"
-    threading.Timer(2.0, (run / "events.out").write_text, ("x",)).start()
-    begun = time.monotonic()
-    code, said = status(run, "--wait=60")
+    stop = threading.Event()
+
+    def keep_writing() -> None:  # a loaded machine may take long to start the command
+        while not stop.wait(1.0):
+            (run / "events.out").write_text(str(time.time_ns()))
+
+    writer, begun = threading.Thread(target=keep_writing), time.monotonic()
+    writer.start()
+    try:
+        code, said = status(run, "--wait=60")
+    finally:
+        stop.set()
+        writer.join()
     assert (code, said) == (0, "a: training, 3 epoch(s) finished, test accuracy 50.00%\n")
     assert time.monotonic() - begun < 30
 

@@ -122,7 +122,7 @@ class Attempt:
         if not self._run_is_done and self.spec.nnodes > 1 and self._look.due() and finished_summary(self.spec.config):
             return State.OVER
         waited = time.monotonic() - self._begun
-        if waited > 20 and self._report_wait.due():
+        if self.spec.nnodes > 1 and waited > 20 and self._report_wait.due():
             place = f"{self.spec.master_addr}:{self.spec.master_port}"
             what = self._reports.agent.waits_for or f"all {self.spec.nnodes} nodes to meet at {place}"
             say(f"k8scifar: waiting for {what} ({waited:.0f} s)")
