@@ -1,4 +1,4 @@
-"""Whom node 0 waits for, with whom it trains, whom it takes back and when."""
+"""Which nodes node 0 waits for, trains with and takes back, and when."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from k8scifar.results import participants
 POLICY = Policy(allowed=[1, 2, 3, 4], expected=[0, 1, 2, 3], pauses=[60.0] * 4, missed=1000.0, wait=120.0, met=True)
 
 
-def test_who_is_missed_is_waited_for_and_then_done_without():
+def test_node_0_waits_for_a_missing_node_and_then_trains_without_it():
     assert POLICY.decide([0, 1, 3], now=1119.0) is None
     assert POLICY.decide([0, 1, 3], now=1120.0) == [0, 1, 3]
     assert POLICY.decide([0, 1, 2, 3], now=1000.0) == [0, 1, 2, 3]
 
 
-def test_a_group_that_never_met_waits_for_everybody():
+def test_a_group_that_never_met_waits_for_all_nodes():
     fresh = replace(POLICY, met=False)
     assert fresh.decide([0, 1, 3], now=1e9) is None
     assert fresh.decide([0, 1, 2, 3], now=1000.0) == [0, 1, 2, 3]
 
 
-def test_no_more_nodes_than_can_share_a_batch_and_no_fewer_than_asked_for():
+def test_only_an_allowed_number_of_nodes_takes_part():
     some = replace(POLICY, allowed=[2, 4])
     assert some.decide([0, 1, 3], now=2000.0) == [0, 1]
     assert some.decide([0], now=2000.0) is None
 
 
-def test_who_has_waited_long_enough_is_taken_back_if_the_group_grows_by_it():
+def test_a_node_is_taken_back_after_its_pause_if_the_group_grows():
     policy = replace(POLICY, pauses=[60.0, 60.0, 60.0, 240.0])
     assert policy.returning([0, 1], {2: 59.0, 3: 100.0}) == []
     assert policy.returning([0, 1], {2: 61.0, 3: 100.0}) == [2]
@@ -74,7 +74,7 @@ def group(tmp_path, monkeypatch):
     return passes
 
 
-def test_the_first_time_all_are_waited_for_and_a_restart_of_node_0_knows_that_they_met(group):
+def test_that_all_nodes_met_once_outlives_a_restart_of_node_0(group):
     assert not group.first().met
     assert group([0, 1]).met
     assert group.first().expected == [0, 1]
@@ -86,7 +86,7 @@ def test_a_node_that_was_away_is_not_waited_for_until_it_is_back(group):
     assert group([0], back=[1]).expected == [0, 1]
 
 
-def test_who_keeps_leaving_waits_longer_each_time_and_who_stays_starts_over(group):
+def test_a_node_that_keeps_leaving_waits_longer_until_it_stays(group):
     group([0, 1])
     found = []
     for _ in range(7):
@@ -98,7 +98,7 @@ def test_who_keeps_leaving_waits_longer_each_time_and_who_stays_starts_over(grou
     assert group([0], away=[1]).pauses[1] == 60
 
 
-def test_a_finished_run_that_meets_again_expects_everybody(group, tmp_path):
+def test_a_finished_run_that_meets_again_expects_all_nodes(group, tmp_path):
     group([0, 1])
     assert group([0], away=[1]).expected == [0]
     (tmp_path / "demo" / "summary.json").write_text('{"epochs": 1000}')
@@ -124,7 +124,7 @@ def test_an_attempt_without_members_changes_nothing(group):
         (["--set", "distributed.world_size=3"], "distributed.world_size is 3, but --nnodes 2 with --nproc-per-node 1"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, words, capsys):
+def test_contradictory_options_are_refused(options, words, capsys):
     from k8scifar.cli import main
 
     arguments = ["launch", "--nnodes=2", "--node-rank=0", "--master-addr=127.0.0.1", "--check", *options]
@@ -138,7 +138,7 @@ def test_options_that_make_no_sense_are_refused(options, words, capsys):
         assert words in line
 
 
-def test_a_number_of_nodes_that_can_never_share_a_batch_is_refused(monkeypatch):
+def test_a_minimum_that_only_all_nodes_could_meet_is_refused(monkeypatch):
     def odd_numbers_only(config, world_size: int) -> None:
         if world_size == 2:
             raise ValueError

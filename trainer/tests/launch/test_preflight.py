@@ -1,4 +1,4 @@
-"""The checks before training, and what `k8scifar status` reads from a run folder."""
+"""The checks before training, and the output of `k8scifar status`."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def check(tmp_path, *arguments, **environment):
     return done.returncode, told, done.stderr
 
 
-def test_a_good_machine_passes_and_the_folders_are_made(tmp_path):
+def test_a_good_machine_passes_and_its_folders_are_made(tmp_path):
     code, _, said = check(tmp_path)
     assert code == 0, said
     assert (tmp_path / "volume/data").is_dir() and (tmp_path / "volume/runs").is_dir()
@@ -47,7 +47,7 @@ def test_a_good_machine_passes_and_the_folders_are_made(tmp_path):
         (["--runs-dir=/proc/nowhere"], 15, "/proc/nowhere of the checkpoints volume"),
     ],
 )
-def test_each_failure_has_its_own_code_and_says_what_to_do(tmp_path, arguments, code, words):
+def test_each_failure_has_its_exit_code_and_advice(tmp_path, arguments, code, words):
     found, told, _ = check(tmp_path, *arguments)
     assert (found, words in told) == (code, True), told
 
@@ -165,7 +165,7 @@ def test_status_of_a_training_that_moves_and_of_one_that_does_not(tmp_path):
     assert time.monotonic() - begun < 30
 
 
-def test_status_of_a_run_that_is_another_release_s(tmp_path, monkeypatch):
+def test_status_of_another_releases_run(tmp_path, monkeypatch):
     run = tmp_path / "runs/a"
     run.mkdir(parents=True)
     (run / "owner.json").write_text('{"release": "lab/a"}')

@@ -1,4 +1,4 @@
-"""The roll call and the waiting room at a real store: who is called, who waits, and of two with one number only one."""
+"""The roll call and the waiting room, at a real store."""
 
 from __future__ import annotations
 
