@@ -52,7 +52,7 @@ $(READY): trainer/pyproject.toml $(CONSTRAINTS)
 	@links=$$($(BIN)/python -m pip config get :env:.find-links 2>/dev/null || $(BIN)/python -m pip config get global.find-links 2>/dev/null || true); \
 	backend="--torch-backend=auto"; \
 	if ls $$links/torch-*.whl >/dev/null 2>&1; then export UV_FIND_LINKS="$$links"; backend=""; fi; \
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $$backend -c $(CONSTRAINTS) -e 'trainer[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $$backend -c $(CONSTRAINTS) -e 'trainer[dev]'
 	@touch $@
 
 clean: ## remove the environment and caches (data/ and runs/ stay)

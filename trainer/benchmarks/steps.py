@@ -23,7 +23,7 @@ IMPORTED_TORCH = time.time()
 
 from k8scifar import cli  # noqa: E402
 from k8scifar.ranks import agree  # noqa: E402
-from k8scifar.training import loop, model  # noqa: E402
+from k8scifar.training import epochs, loop, model, opening, saving  # noqa: E402
 from k8scifar.training.session import Session  # noqa: E402
 
 IMPORTED = time.time()
@@ -74,7 +74,7 @@ class Watch:
         statistics = session.state.statistics.running()
         kept = [tensor.clone() for tensor in statistics]
         agree.average(statistics, session.world, weight=session.state.shares.weight(session.world.rank))
-        outcome = session.evaluate(session.plan.pixels(session.state.step - 1), False, lambda: True)
+        outcome = epochs.evaluate(session, session.plan.pixels(session.state.step - 1), False, lambda: True)
         for tensor, value in zip(statistics, kept, strict=True):
             tensor.copy_(value)
         self.curve.append((spent, outcome.figures["accuracy"], session.state.step))
@@ -90,13 +90,13 @@ def bytes_sent() -> int:
 def main(out: Path, steps: int, arguments: list[str]) -> None:
     """Train and write what was seen."""
     watch = Watch(steps)
-    meet, save, train, opened = agree.meet, Session.save, loop.train, Session.__init__
+    meet, save, train, open_session = agree.meet, saving.save, loop.train, opening.open_session
 
     def met(world, facts):
         watch.joined = watch.joined or time.time()
         meet(world, facts)
 
-    def saving(session, must=False):
+    def saved(session, must=False):
         begun = time.time()
         save(session, must)
         watch.stalls.append(time.time() - begun)
@@ -106,12 +106,13 @@ def main(out: Path, steps: int, arguments: list[str]) -> None:
         watch.session, watch.began = session, time.time()
         train(session, stop)
 
-    def opening(session, *rest):
-        opened(session, *rest)
+    def opened(*parts):
+        session = open_session(*parts)
         watch.opened = time.time()
+        return session
 
-    agree.meet, Session.save, Session.__init__, loop.train = met, saving, opening, looping
-    loop.heartbeat = types.SimpleNamespace(touch=watch.step)  # the loop touches it after each step
+    agree.meet, saving.save, opening.open_session, loop.train = met, saved, opened, looping
+    loop.liveness = types.SimpleNamespace(touch=watch.step)  # the loop touches it after each step
     loop._keep_going = lambda *_: True
     with contextlib.suppress(Enough):
         cli.main(["train", *arguments])

@@ -75,7 +75,7 @@ def _write(path: Path, content: bytes | memoryview, before: Callable[[], None]) 
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, under names that survive a power cut. Raises OSError."""
+    """Make a folder and its missing parents, fsynced so that they survive a power cut. Raises OSError."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)

@@ -27,8 +27,7 @@ from k8scifar.exchange.local_sgd import LocalSGD
 from k8scifar.ranks import device
 from k8scifar.ranks.agree import average
 from k8scifar.ranks.device import Precision
-from k8scifar.training import checkpoint, rank_speeds, session
-from k8scifar.training.session import Session
+from k8scifar.training import checkpoint, ending, epochs, loop, opening, rank_speeds
 
 
 def note(parameters, label: str) -> None:
@@ -40,12 +39,12 @@ def note(parameters, label: str) -> None:
         file.write(f"{label} {digest.hexdigest()}\n")
 
 
-def noted(method):
-    """`method` of Session, which also notes the weights."""
+def noted(function):
+    """`function` of a session, which also notes the weights."""
 
     def wrapper(session, *arguments):
         note(session.state.net.parameters(), f"{session.config.name} {session.state.step}")
-        return method(session, *arguments)
+        return function(session, *arguments)
 
     return wrapper
 
@@ -99,8 +98,8 @@ def as_told(timed):
     return wrapper
 
 
-def keeping_gradients(step):
-    """`step` of Session; rank 0 keeps the gradients that the first one is taken by, where speeds were told."""
+def keeping_gradients(update):
+    """`update` of the loop; rank 0 keeps the gradients that the first one is taken by, where speeds were told."""
 
     def wrapper(session):
         if session.state.step == 0 and auto.alone is not alone:
@@ -108,7 +107,7 @@ def keeping_gradients(step):
             gradients = [whole(parameter, session.state.exchange) for parameter in session.state.net.parameters()]
             if session.world.is_main:
                 torch.save(torch.cat(gradients), HASHES.with_name(f"{session.config.name}.gradients"))
-        step(session)
+        update(session)
 
     return wrapper
 
@@ -126,13 +125,13 @@ def scaled(*_) -> Precision:
     return Precision("fp16")
 
 
-def overflowing(step):
-    """`step` of Session, under loss scaling with a gradient that has overflowed on one rank."""
+def overflowing(update):
+    """`update` of the loop, under loss scaling with a gradient that has overflowed on one rank."""
 
     def wrapper(session):
         if session.precision == "fp16" and session.state.step == 1 and session.world.rank == 1:
             next(session.state.net.parameters()).grad[0, 0, 0, 0] = torch.inf
-        step(session)
+        update(session)
 
     return wrapper
 
@@ -159,7 +158,7 @@ def run(plan: Path, rank: str) -> int:
         auto.timed = as_told(timed) if speeds else timed
         later = iter(training.get("later", []))
         rank_speeds.own_seconds = lambda found, shares, later=later: next(later, None) or own_seconds(found, shares)
-        session.resolve_precision = scaled if training.get("scaled") else resolve_precision
+        opening.resolve_precision = scaled if training.get("scaled") else resolve_precision
         os.environ["MASTER_PORT"] = str(training["port"])
         if code := main(["train", *training["arguments"]]):
             return code
@@ -168,11 +167,11 @@ def run(plan: Path, rank: str) -> int:
 
 if __name__ == "__main__":
     HASHES = Path(sys.argv[1]).with_name(f"hashes.{os.environ['RANK']}")
-    Session.finish_epoch, Session.complete = noted(Session.finish_epoch), noted(Session.complete)
-    resolve_precision = session.resolve_precision
+    epochs.finish, ending.complete = noted(epochs.finish), noted(ending.complete)
+    resolve_precision = opening.resolve_precision
     device.DTYPES["fp16"] = torch.bfloat16
     alone, timed, measure, own_seconds = auto.alone, auto.timed, auto.measure, rank_speeds.own_seconds
-    Session.step = keeping_gradients(overflowing(Session.step))
+    loop.update = keeping_gradients(overflowing(loop.update))
     LocalSGD._average_movement = noted_when_averaged(LocalSGD._average_movement)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     sys.exit(run(Path(sys.argv[1]), os.environ["RANK"]))

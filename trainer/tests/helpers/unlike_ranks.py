@@ -17,16 +17,16 @@ RANK = int(os.environ["RANK"])
 def main() -> int:
     """Train, noting the weights as they are before and after each epoch's end."""
     from k8scifar.cli import main as command
-    from k8scifar.training.session import Session
+    from k8scifar.training import epochs
 
-    finish = Session.finish_epoch
+    finish = epochs.finish
 
     def noted(session, *arguments):
         note(session.state, "before")
         finish(session, *arguments)
         note(session.state, "after")
 
-    Session.finish_epoch = noted
+    epochs.finish = noted
     return command(["train", *sys.argv[3:]])
 
 

@@ -44,6 +44,7 @@ def test_a_node_is_taken_back_after_its_pause_if_the_group_grows():
     assert policy.returning([0, 1], {2: 61.0, 3: 100.0}) == [2]
     assert policy.returning([0, 1], {2: 61.0, 3: 241.0}) == [2, 3]
     assert replace(policy, allowed=[2, 4]).returning([0, 1], {2: 61.0, 3: 100.0}) == []
+    assert replace(policy, allowed=[2, 4]).returning([0, 2], {1: 61.0}) == [], "it would only replace node 2"
 
 
 @pytest.fixture

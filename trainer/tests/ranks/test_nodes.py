@@ -74,10 +74,10 @@ def test_a_data_set_that_another_node_gave_is_replaced_and_a_node_s_own_is_not(n
     assert codes == [[2] * 5] * 2, said
     assert said.count("data-1 holds another data set (synthetic:300:100") == 2, "told on both"
     assert said.count("global_batch 700 is more than") == 8
-    taken = re.findall(r"taking (\S+) from rank (.)'s node into .* \(.* MB\)(.*)", said)
+    taken = re.findall(r"copying (\S+) from rank (.)'s node to .* \(.* MB\)(.*)", said)
     assert taken == [
         ("synthetic:300:100", "0", ""),
-        ("synthetic:200:100", "0", ", in place of synthetic:300:100"),
+        ("synthetic:200:100", "0", ", replacing synthetic:300:100"),
         ("synthetic:200:100", "1", ""),
     ]
     assert packed.damage(tmp_path / "data-1", packed.read_manifest(tmp_path / "data-0")) is None

@@ -15,10 +15,8 @@ import torch
 from k8scifar.config import loading
 from k8scifar.results import display as displays
 from k8scifar.results import progress
-from k8scifar.training import headline
-from k8scifar.training import session as sessions
+from k8scifar.training import divergence, headline
 from k8scifar.training.plan import Plan
-from k8scifar.training.session import Session
 from k8scifar.training.state import State
 
 
@@ -66,8 +64,7 @@ def test_time_to_go_is_told_early_and_goes_with_the_resolution(monkeypatch, tmp_
     [("cpu", "fp32", 2, True), ("cpu", "bf16", 2, False), ("cuda", "fp32", 2, False), ("cpu", "fp32", 1, False)],
 )
 def test_shorter_training_is_offered_to_processors_without_bf16(device, precision, epochs, offered):
-    config, world = SimpleNamespace(epochs=epochs), SimpleNamespace(device=torch.device(device))
-    hint = headline.hint(SimpleNamespace(config=config, world=world, precision=precision))
+    hint = headline.hint(SimpleNamespace(epochs=epochs), torch.device(device), precision)
     assert ("--set epochs=1" in hint) == offered
 
 
@@ -76,12 +73,12 @@ def test_step_of_the_first_bad_loss_is_told_however_late_it_is_noticed(monkeypat
     state.first_bad = torch.zeros((), dtype=torch.int64)
     for step, loss in enumerate([1.0, 2.0, float("nan"), float("inf"), 1.0], start=1):
         state.step = step
-        state.note_loss(torch.tensor(loss, dtype=torch.float64))
+        state.record_first_bad(torch.tensor(loss, dtype=torch.float64))
     assert state.first_bad.item() == 3
     ranks = torch.tensor([[0], [3], [4]])
-    monkeypatch.setattr(sessions.agree, "gather", lambda row, world: ranks)
+    monkeypatch.setattr(divergence.agree, "gather", lambda row, world: ranks)
     plan = SimpleNamespace(steps_per_epoch=10, lr=lambda step: 0.125)
     fake = SimpleNamespace(state=state, plan=plan, world=SimpleNamespace(is_main=False))
-    assert "not finite at step 3 (epoch 0.30, learning rate 0.125)" in str(Session.not_finite(fake, 9))
+    assert "not finite at step 3 (epoch 0.30, learning rate 0.125)" in str(divergence.error(fake, 9))
     ranks.zero_()
-    assert "not finite at step 9" in str(Session.not_finite(fake, 9))
+    assert "not finite at step 9" in str(divergence.error(fake, 9))

@@ -20,9 +20,8 @@ from k8scifar.data import packed
 from k8scifar.data.augment import Images
 from k8scifar.data.prepare import prepare
 from k8scifar.exchange.shares import Shares
-from k8scifar.training import checkpoint, norms, optim
+from k8scifar.training import checkpoint, loop, norms, optim
 from k8scifar.training.plan import Plan
-from k8scifar.training.session import Session
 
 EPOCHS, STEPS, CUT_AT, PASS = 3, 6, 3, 16  # a pass of two micro-batches: two passes a step
 SETS = [
@@ -58,15 +57,15 @@ def seen(module_path):
     config = loading.load(sets=SETS)
     found = SimpleNamespace(manifest=manifest, config=config, plan=Plan(config, 70), data=module_path / "data")
     found.passes, found.losses, found.steps, found.following = [], [], [], []
-    augmented, cross_entropy, step = Images.augmented, F.cross_entropy, Session.step
+    augmented, cross_entropy, update = Images.augmented, F.cross_entropy, loop.update
     following = norms.Statistics.following
 
-    def watched_step(session):
+    def watched_update(session):
         grads = torch.cat([p.grad.flatten().clone() for p in session.state.net.parameters()])
         buffers = {name: value.clone() for name, value in session.state.net.named_buffers()}
         weights = {name: value.detach().clone() for name, value in session.state.net.named_parameters()}
         found.steps.append((session.state.optimizer.param_groups[0]["lr"], grads, weights, buffers))
-        step(session)
+        update(session)
 
     def watched_following(statistics, first, together, count):
         if not found.following:
@@ -86,7 +85,7 @@ def seen(module_path):
         as_one_of_several(patch)
         patch.setattr(Images, "augmented", watched_augmented)
         patch.setattr(F, "cross_entropy", watched_loss)
-        patch.setattr(Session, "step", watched_step)
+        patch.setattr(loop, "update", watched_update)
         patch.setattr(norms.Statistics, "following", watched_following)
         found.folder = train(module_path, "undisturbed")
     return found

@@ -1,4 +1,4 @@
-"""Every setting of a training, typed and documented, and where its values come from.
+"""The settings of a training: types, limits, descriptions, and the loading of their values.
 
 May import: the single modules. Imports no torch.
 """

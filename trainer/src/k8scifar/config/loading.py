@@ -1,6 +1,6 @@
-"""Where a configuration comes from: defaults < recipe < the user's YAML < ``--set`` < the command line's folders.
+"""Load a configuration: defaults < recipe < the user's YAML < ``--set`` < the command line's folders.
 
-Imports no torch, so that a mistake shows at once.
+This module does not import torch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pydantic import BaseModel, ValidationError
 from k8scifar.config.schema import DEFAULT_RECIPE, Config, flatten
 from k8scifar.errors import UserError
 
-# Keys that former versions had, with the value under which they did nothing: a config.yaml of theirs still loads.
+# Keys of earlier releases, with the value that had no effect: a config.yaml with that value still loads.
 REMOVED: dict[tuple[str, ...], Any] = {
     ("ema",): {"decay": 0.0}, ("distributed", "powersgd_rank"): 4, ("data", "source"): "auto",
 }  # fmt: skip
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """The options that decide a configuration."""
-    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from: {', '.join(recipe_names())}")
-    parser.add_argument("--config", metavar="FILE", help="YAML file laid over the recipe")
+    """Add the options from which a configuration is loaded."""
+    parser.add_argument("--recipe", metavar="NAME", help=f"recipe with the default values: {', '.join(recipe_names())}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file whose values replace the recipe's")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="one value, repeatable"
     )
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def from_arguments(args: argparse.Namespace) -> Config:
-    """The configuration that a command line asks for. Raises UserError."""
+    """The configuration of a command line. Raises UserError."""
     named = {"data.dir": args.data_dir, "runs_dir": args.runs_dir, "name": args.name}
     sets = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
     return load(args.config, [*args.sets, *sets], args.recipe)
@@ -65,7 +65,7 @@ def run_config(args: argparse.Namespace) -> int:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over` laid upon it, mapping by mapping; lists are replaced whole."""
+    """Merge `over` into a copy of `base`, mapping by mapping; lists are replaced."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -80,7 +80,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """The values of one recipe. Raises UserError where there is none of that name."""
+    """The values of one recipe. Raises UserError if it does not exist."""
     if name not in recipe_names():
         raise UserError(f"recipe {name!r} is unknown{_did_you_mean(name, recipe_names())}")
     return yaml.safe_load((resources.files("k8scifar.config") / "recipes" / f"{name}.yaml").read_text()) or {}
@@ -89,7 +89,7 @@ def recipe(name: str) -> dict[str, Any]:
 def load(path: str | Path | None = None, sets: Iterable[str] = (), recipe_name: str | None = None) -> Config:
     """Resolve the configuration: defaults < recipe < the YAML file at `path` < `sets` ("key=value").
 
-    Raises UserError, one line for each mistake with the key's path and the nearest valid name.
+    Raises UserError with a clause for each mistake: the key's path and the nearest valid name.
     """
     user = _read_yaml(path) if path else {}
     for item in sets:
@@ -99,7 +99,7 @@ def load(path: str | Path | None = None, sets: Iterable[str] = (), recipe_name: 
 
 
 def check_read(sets: Iterable[str], read: Collection[str], command: str) -> None:
-    """Raise UserError where one of `sets` ("key=value") sets a key that this command does not read."""
+    """Raise UserError if one of `sets` ("key=value") is a key that this command does not read."""
     for key in (key for item in sets for key in flatten(_parse_set(item))):
         if key not in read:
             raise UserError(f"`k8scifar {command}` does not read {key}; leave it out: it reads {', '.join(read)}")
@@ -115,7 +115,7 @@ def validate(values: Mapping[str, Any]) -> Config:
 
 
 def _without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values without keys that only former versions had. Raises UserError where such a key asks for something."""
+    """The values without keys of earlier releases. Raises UserError if such a key had an effect there."""
     kept = dict(values)
     for (*sections, key), idle in REMOVED.items():
         place = kept
@@ -155,7 +155,7 @@ def _parse_set(item: str) -> dict[str, Any]:
 
 
 def _explain(error: Mapping[str, Any]) -> str:
-    """One validation error as a clause: path, what is wrong, what would be right."""
+    """One validation error as a clause: the key's path, the problem, the correct form."""
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {path!r}{_did_you_mean(path, list(_all_keys(Config)))}"

@@ -1,7 +1,7 @@
-"""The configuration: one typed model for everything tunable, of the sections in sections.py.
+"""The configuration: one typed model of all settings, from the sections in sections.py.
 
 Its keys are a public interface: recipes, a user's YAML file, ``--set key=value`` and the Helm chart's ``train:``
-values all use them; loading.py reads them from there. This module does not import torch.
+values use them. loading.py loads them. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ from k8scifar.config.sections import (
 
 DEFAULT_RECIPE = "demo"
 
-# Keys that decide the weights. A checkpoint resumes under other values of these only if the user says so.
+# Keys that decide the weights. A checkpoint resumes with other values of these only with checkpoint.accept_changes.
 IDENTITY = (
     "seed", "epochs", "global_batch", "micro_batch", "last_batch", "label_smoothing", "resolution",
     "model", "optimizer", "schedule", "augment", "data", "distributed",
 )  # fmt: skip
 # Of these sections, these keys only.
 IDENTITY_IN = {"data": ("holdout",), "distributed": ("comm", "local_sgd_steps")}
-# Keys that a former release did not have, with the values by which it trained.
+# Keys that an earlier release did not have, with the values that it used.
 ADDED = {"data.holdout": 0, "optimizer.norm_bias_lr": 1.0}
 COMM = "distributed.comm"
-# Of those, the keys and sections without which a checkpoint makes no sense at all.
+# Of those, the keys and sections that must not change: a checkpoint is meaningless without them.
 FIXED = ("seed", "global_batch", "last_batch", "model", "data", "optimizer.name", "optimizer.norm_bias_lr")
-# Keys that may differ from host to host: places, log, what the hardware at hand allows.
+# Keys that may differ between hosts: folders, log, hardware.
 OWN = {
     "recipe": True, "name": True, "runs_dir": True, "log": True,
     "data": {"dir"}, "distributed": {"interface"}, "hardware": {"device", "threads"},
 }  # fmt: skip
 
-# In JSON's schema; here a sentence says what is wrong. No name begins with a dot: "." and ".." are other folders.
+# For the JSON schema; here a validator gives a clearer error. No leading dot: "." and ".." are other folders.
 RUN_NAME = r"^([A-Za-z0-9_-][A-Za-z0-9_.-]*)?$"
 
 
 class Config(Section):
-    """Everything tunable in a training run."""
+    """The settings of a training run."""
 
     recipe: str = DEFAULT_RECIPE
-    """Recipe that the other values start from: demo, quick, standard or best."""
+    """Recipe with the default values of the other keys: demo, quick, standard or best."""
     name: str = Field("", max_length=63, json_schema_extra={"pattern": RUN_NAME})
-    """Name of the run, and of its folder; empty: the recipe's name."""
+    """Name of the run and of its folder. Empty: the recipe's name."""
     runs_dir: Folder = "runs"
     """Folder of the run folders."""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -70,15 +70,15 @@ class Config(Section):
     epochs: int = Field(80, ge=1, le=100000)
     """Passes over the training images."""
     global_batch: int = Field(500, ge=1, le=65536)
-    """Images an optimiser step, over all ranks."""
+    """Images in an optimiser step, over all ranks."""
     micro_batch: int = Field(250, ge=1, le=65536)
-    """Images that batch normalisation sees together, whatever the world size."""
+    """Images that batch normalisation normalises together, for every world size."""
     last_batch: Literal["drop", "pad"] = "drop"
-    """An incomplete last global batch is dropped (other images each epoch), or padded with the epoch's first."""
+    """Drop an incomplete last global batch (other images in each epoch), or pad it with the epoch's first images."""
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
-    """Label smoothing of the cross entropy."""
+    """Label smoothing of the cross-entropy loss."""
     resolution: list[Stage] = Field(default_factory=lambda: [Stage(until=1.0, pixels=32)], min_length=1, max_length=64)
-    """Progressive resolution: the stages of training, in order; the last one ends at 1.0."""
+    """Progressive resolution: the stages of training, in order. The last one ends at 1.0."""
     model: Model = Field(default_factory=Model)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
@@ -130,17 +130,17 @@ class Config(Section):
         return self.global_batch // self.micro_batch
 
     def identity(self) -> dict[str, Any]:
-        """Flat view, `a.b` -> value, of the keys that decide the weights."""
+        """The keys that decide the weights, flat: `a.b` -> value."""
         values = self.model_dump(mode="json")
         for section, keys in IDENTITY_IN.items():
             values[section] = {key: values[section][key] for key in keys}
         return flatten({key: value for key, value in values.items() if key in IDENTITY})
 
     def differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Keys that decide the weights and differ from a saved flat view: key -> (saved value, value now).
+        """Keys that decide the weights and differ from `saved`, a flat view: key -> (saved value, value now).
 
-        A key that an older version did not have counts as the value of ADDED, without one as no difference;
-        `distributed.comm` does not differ where either side leaves it to be chosen.
+        A key that an earlier release did not have has its value in ADDED, or does not count as a difference.
+        `distributed.comm` does not differ if either value is `auto`.
         """
         saved = ADDED | dict(saved)
         return {
@@ -150,13 +150,13 @@ class Config(Section):
         }
 
     def shared(self) -> dict[str, Any]:
-        """Flat view of the keys that all ranks must have alike; the others may differ from host to host."""
+        """The keys that must be equal on all ranks, flat; the others may differ between hosts."""
         return flatten(self.model_dump(mode="json", exclude=OWN))
 
     def fingerprint(self) -> str:
         """sha256 (first 16 hex digits) of what decides the result: `identity` and the evaluation.
 
-        What ADDED has at its value there is left out, so that a former release's run keeps its fingerprint.
+        Keys with their value in ADDED do not count, so that an earlier release's run keeps its fingerprint.
         """
         decides = self.identity() | flatten({"evaluation": self.evaluation.model_dump(mode="json")})
         decides = {key: value for key, value in decides.items() if key not in ADDED or value != ADDED[key]}
@@ -168,28 +168,28 @@ class Config(Section):
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """Raise ValueError unless each rank gets a micro-batch, and all as many where each steps by itself (local SGD)."""
+    """Raise ValueError unless each rank gets a micro-batch and, in local SGD, all ranks get equally many."""
     batch, micro_batches = config.global_batch, config.micro_batches
-    told = f"global_batch {batch} is {micro_batches} micro-batches of {config.micro_batch}, which {world_size} ranks"
+    problem = f"global_batch {batch} is {micro_batches} micro-batches of {config.micro_batch}, which {world_size} ranks"
     if micro_batches < world_size:
         fits = _nearest_divisor(batch, max(1, batch // world_size))
         fix = f"micro_batch to {fits}" if fits > 1 else f"global_batch to {world_size * config.micro_batch}"
-        raise ValueError(f"{told} can't share: each needs one; set {fix}, or start {micro_batches} ranks")
+        raise ValueError(f"{problem} can't share: each needs one; set {fix}, or start {micro_batches} ranks")
     if config.distributed.comm == "local-sgd" and micro_batches % world_size:
         unit = world_size * config.micro_batch
         raise ValueError(
-            f"{told} can't share equally, as distributed.comm=local-sgd asks; set distributed.comm=auto, or "
+            f"{problem} can't share equally, as distributed.comm=local-sgd requires; set distributed.comm=auto, or "
             f"global_batch to a multiple of {unit}, e.g. {-(-batch // unit) * unit}"
         )
 
 
 def _nearest_divisor(number: int, limit: int) -> int:
-    """Largest divisor of `number` that is at most `limit`."""
+    """The largest divisor of `number` that is at most `limit`."""
     return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; lists stay whole."""
+    """Flatten nested mappings, with keys joined by dots; lists stay values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Trained models: opened, evaluated on the test images, asked for single images.
+"""Open trained models, evaluate them on the test images, and classify single images.
 
 May import: the single modules, config, data, ranks, exchange, results, training.
 """

@@ -1,4 +1,4 @@
-"""`k8scifar evaluate`: a trained model on the test images."""
+"""`k8scifar evaluate`: evaluate a trained model on the test images."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outcome | None, Manifest]:
-    """Evaluate the model at `path` on the test images: outcome (None on ranks but the first) and the data set.
+    """Evaluate the model at `path` on the test images; return outcome (None on ranks but 0) and data set.
 
-    Raises UserError where there is no model, no data, or they do not fit each other.
+    Raises UserError if the model or the data is missing, or their classes differ.
     """
     config = loading.load(sets=sets)
     loading.check_read(sets, READ, "evaluate")
@@ -62,8 +62,8 @@ def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outco
     manifest = require(data_dir)
     if manifest.classes != trained.classes:
         raise UserError(
-            f"{path} knows the classes {', '.join(trained.classes)}, the data set in {data_dir} has "
-            f"{', '.join(manifest.classes)}; point --data-dir at the data it was trained on"
+            f"{path} has the classes {', '.join(trained.classes)}, the data set in {data_dir} has "
+            f"{', '.join(manifest.classes)}; set --data-dir to the data it was trained on"
         )
     split = read(data_dir, manifest, "test")
     tta = config.evaluation.tta
@@ -84,7 +84,7 @@ def measure(path: Path, data_dir: Path, sets: Sequence[str] = ()) -> tuple[Outco
 
 
 def describe(figures: dict[str, Any], classes: list[str]) -> str:
-    """The figures as lines for a person."""
+    """The figures as text."""
     lines = [
         f"test accuracy {figures['accuracy']:.2%}{beside(figures)}{augmented(figures)}, "
         f"top-5 {figures['top5']:.2%}, loss {figures['loss']:.4f}, {figures['images']:,} images"

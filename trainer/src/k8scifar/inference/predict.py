@@ -1,4 +1,4 @@
-"""`k8scifar predict`: the likeliest classes of images of any size."""
+"""`k8scifar predict`: print the most probable classes of images of any size."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 @torch.inference_mode()
 def predict(trained: Trained, content: bytes, name: str) -> list[dict[str, float | str]]:
-    """The likeliest classes of an image file's bytes, each {class, probability}. Raises UserError for no image."""
+    """The most probable classes of an image, from its file's bytes. Raises UserError if it is not an image."""
     image = torch.tensor(decode(content, name))[None]
     images = Images(image, torch.zeros(1, dtype=torch.int64), trained.mean, trained.std)
     logits = trained.net(images.plain(torch.tensor([0]), trained.pixels))

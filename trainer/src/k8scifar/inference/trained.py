@@ -1,4 +1,4 @@
-"""Trained models: a run folder, a file of weights or a checkpoint, opened for evaluation and prediction."""
+"""Open a trained model: a run folder, exported weights or a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from k8scifar.training import checkpoint, model
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with its weights and what its inputs must look like."""
+    """A model with its weights, its classes, and the normalisation and resolution of its inputs."""
 
     net: nn.Module
     config: Model
@@ -28,7 +28,7 @@ class Trained:
 
 
 def open_model(path: Path) -> Trained:
-    """Open a run folder, a file of exported weights or a checkpoint. Raises UserError where it is none of them."""
+    """Open a run folder, a file of exported weights or a checkpoint. Raises UserError."""
     if path.is_dir():
         path = _best_of(path)
     if not path.exists():

@@ -1,8 +1,8 @@
-"""Checkpoints on disk: whole or not at all, checked before use, safe to load.
+"""Checkpoint files: written atomically, verified before use, safe to load.
 
-A file ``step-00000400-<digest>.pt`` is torch.save's of plain values and tensors; its name carries the first 16 hex
-digits of its content's sha256, so one rename makes it valid and one read proves it. It loads with weights_only=True: a
-hostile file can't run code. Files are written by a thread from a copy in memory; training does not wait for the disk.
+torch.save writes plain values and tensors to ``step-00000400-<digest>.pt``. The digest is the first 16 hex digits of
+the content's sha256: one rename makes a file valid, and one read verifies it. It loads with weights_only=True, so that
+a hostile file can't run code. A thread writes files from a copy in memory; training does not wait for the disk.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Payload = dict[str, Any]
 
 
 class Damaged(Exception):
-    """A checkpoint file that is torn, altered or no checkpoint; the text says which."""
+    """A checkpoint file is incomplete, altered, or not a checkpoint; the text has which of them."""
 
 
 def load(path: Path) -> Payload:
@@ -38,7 +38,7 @@ def load(path: Path) -> Payload:
 
 
 def read_verified(path: Path) -> bytes:
-    """The file's bytes, checked against the digest in its name, if that is of our form. Raises Damaged, OSError."""
+    """Read a file and verify it against the digest in its name, if there is one. Raises Damaged, OSError."""
     content = files.read(path)
     named = _NAME.fullmatch(path.name)
     if not content:
@@ -49,10 +49,10 @@ def read_verified(path: Path) -> bytes:
 
 
 def decode(content: bytes, path: Path | str) -> Payload:
-    """A checkpoint's values from its bytes. Raises Damaged."""
+    """Load a checkpoint's values from its bytes. Raises Damaged."""
     try:
         payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for what is no checkpoint
+    except Exception as error:  # torch raises many types for files that are not checkpoints
         raise Damaged(f"{path} is no checkpoint that loads safely ({type(error).__name__})") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise Damaged(f"{path} is no K8sCIFAR checkpoint of format {FORMAT}")
@@ -60,14 +60,14 @@ def decode(content: bytes, path: Path | str) -> Payload:
 
 
 def encode(payload: Payload) -> bytes:
-    """A checkpoint's bytes: the same for the same values, on whatever node they were computed."""
+    """Encode a checkpoint; equal values give equal bytes on every node."""
     buffer = io.BytesIO()
     torch.save(_interned(payload | {"format": FORMAT}), buffer)
     return buffer.getvalue()
 
 
 def _interned(tree: Any) -> Any:
-    """Nested values in which equal texts are one object: pickle writes a text that it meets again as a reference."""
+    """Make equal strings in nested values one object, because pickle writes repeated objects as references."""
     if isinstance(tree, str):
         return sys.intern(str(tree))
     if isinstance(tree, dict):
@@ -78,15 +78,15 @@ def _interned(tree: Any) -> Any:
 
 
 def listed(folder: Path) -> list[Path]:
-    """Checkpoint files of a folder, newest first; none where there is no such folder. Raises OSError."""
+    """The checkpoint files of a folder, newest first; none if the folder does not exist. Raises OSError."""
     found = [(int(match[1]), name) for name in files.names(folder) if (match := _NAME.fullmatch(name))]
     return [folder / name for _, name in sorted(found, reverse=True)]
 
 
 def newest_good(folder: Path) -> Iterator[tuple[Path, bytes | None, str]]:
-    """Walk the checkpoints, newest first: (path, content, "") of a good one, (path, None, why) of a damaged one.
+    """Yield each checkpoint, newest first: (path, content, "") if it is good, (path, None, reason) if it is damaged.
 
-    Raises OSError where the folder can't be read, and at the end of the walk where a file could not be.
+    Raises OSError if the folder can't be read, and after the last checkpoint if a file could not be read.
     """
     trouble = None
     for path in listed(folder):
@@ -112,7 +112,7 @@ def step_of(path: Path | str) -> int:
 
 
 def differing(written: list[tuple[int, int]]) -> str:
-    """What to say of ranks whose newest files are of one step and differ; "" where replicas are equal, as they should.
+    """Describe how the ranks' newest checkpoints of one step differ; "" if they are equal, as they should be.
 
     `written`: each rank's Writer.written.
     """
@@ -120,8 +120,8 @@ def differing(written: list[tuple[int, int]]) -> str:
     digests = {rank: digest for rank, (own, digest) in enumerate(written) if own == step}
     if not step or len(set(digests.values())) == 1:
         return ""
-    told = ", ".join(f"{digest:012x} is rank {rank}'s" for rank, digest in digests.items())
-    return f"their checkpoints of step {step} differ ({told})"
+    listing = ", ".join(f"{digest:012x} is rank {rank}'s" for rank, digest in digests.items())
+    return f"their checkpoints of step {step} differ ({listing})"
 
 
 def is_named(name: str) -> bool:
@@ -135,37 +135,37 @@ def file_name(step: int, content: bytes) -> str:
 
 
 class Writer:
-    """Writes checkpoints in the background, keeps the newest `keep` and the best one, removes the others.
+    """Write checkpoints in the background, keep the newest `keep` and the best one, remove the others.
 
-    A write that fails (a full disk) is told through `warn`, leaves the older files as they are, and training goes on.
-    `before` is called just before a file is renamed into place; what it raises as Superseded is kept in `late`.
+    A write that fails (a full disk) is logged through `warn`; the older files stay, and training goes on. `before` is
+    called just before a file is renamed into place. If it raises Superseded, that is stored in `late`.
     """
 
     def __init__(self, folder: Path, keep: int, warn, before: Callable[[], None] = lambda: None) -> None:
         self._folder, self._keep, self._warn, self._before = folder, keep, warn, before
-        self.written = (0, 0)  # step and digest, as a number of 48 bits, of the newest that is safe
+        self.written = (0, 0)  # step, and 48 bits of the digest, of the newest file on the disk
         self.late: Superseded | None = None
         self._jobs: queue.Queue[tuple[Payload, int, Sequence[int]] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
     def save(self, payload: Payload, step: int, best_first: Sequence[int] = ()) -> None:
-        """Hand over a payload that nobody changes any more; never blocks.
+        """Queue a payload, which must not change any more; returns at once.
 
         Args:
             payload: plain values and CPU tensors.
             step: optimiser steps done.
-            best_first: the evaluated steps; the first one that has a checkpoint is kept.
+            best_first: the evaluated steps, best first; the first one that has a checkpoint is kept.
         """
         self._jobs.put((payload, step, best_first))
 
     @property
     def behind(self) -> bool:
-        """Whether the disk is so slow that a payload still waits while the one before it is being written."""
+        """Whether a payload still waits in the queue because the disk is slow."""
         return not self._jobs.empty()
 
     def close(self) -> None:
-        """Finish what was handed over."""
+        """Write what is queued, and stop the thread."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -180,7 +180,7 @@ class Writer:
             except Superseded as error:
                 self.late = error
                 continue
-            except Exception as error:  # whatever it is, the next one may be written
+            except Exception as error:  # of any type: the next write may succeed
                 self._warn(f"{files.unwritten(f'checkpoint of step {step}', error)}; training goes on")
                 continue
             try:
@@ -189,10 +189,10 @@ class Writer:
                 self._warn(f"old checkpoints in {self._folder} could not be removed ({error.strerror})")
 
     def _prune(self, newest: Path, best_first: Sequence[int]) -> None:
-        """Remove what is neither newest nor best; only called once `newest` is safe. Raises OSError."""
+        """Remove the files that are neither newest nor best, after `newest` is on the disk. Raises OSError."""
         older = [path for path in listed(self._folder) if step_of(path) <= step_of(newest)]
         there = {step_of(path) for path in older}
-        best = next((step for step in best_first if step in there), None)  # an epoch may have left no checkpoint
+        best = next((step for step in best_first if step in there), None)  # not every epoch has one
         for path in older[self._keep :]:
             if step_of(path) != best:
                 files.patiently(lambda path=path: path.unlink(missing_ok=True))

@@ -1,4 +1,4 @@
-"""Where a step's time goes: data, compute, the optimiser, waiting on communication."""
+"""Measure the parts of a step: data, compute, updates, waiting for communication."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SHOWN = ("data", "compute", "communication")  # the optimiser's updates count as
 
 
 class StepClock:
-    """Adds up the time of each part of the steps.
+    """Add up the seconds of each part of the steps.
 
-    On a CPU a mark is a reading of the clock. On a GPU it is an event on the stream, read only when asked for, so that
-    marking never makes the host wait.
+    On a CPU a mark is a reading of the clock. On a GPU it is an event on the stream, which is read later, so that the
+    host does not wait.
     """
 
     def __init__(self, device: torch.device, running: bool = True) -> None:
@@ -25,8 +25,8 @@ class StepClock:
         self._read = dict(self._total)
 
     def mark(self, part: str) -> None:
-        """What follows, up to the next mark, belongs to `part`; any name that is not in PARTS is not counted."""
-        if not self._running:  # nobody will read it
+        """Count the time up to the next mark as `part`; a part that is not in PARTS is not counted."""
+        if not self._running:  # no rank reads this clock
             return
         if self._cuda:
             at = torch.cuda.Event(enable_timing=True)
@@ -36,7 +36,7 @@ class StepClock:
         self._marks.append((part, at))
 
     def total(self) -> dict[str, float]:
-        """Seconds in each of PARTS since the beginning, up to the last mark."""
+        """Seconds in each of PARTS from the first mark to the last."""
         if self._cuda and self._marks:
             self._marks[-1][1].synchronize()
         for (part, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):

@@ -1,4 +1,4 @@
-"""torch.compile of the model: checked before it costs minutes, and one graph a resolution."""
+"""Check that this machine can compile the model, and compile it: one graph for each resolution."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from k8scifar.errors import RankError
 
 DEFAULT = "inductor"
 COMPILERS = {"cuda": ("CC", ("cc", "gcc", "clang")), "cpu": ("CXX", ("g++", "clang++", "c++"))}
-MANY = 6  # resolutions, beyond which one graph for all is cheaper than a graph each
+MANY = 6  # resolutions; above that one graph for all compiles faster than one graph each
 
 
 def backend() -> str:
-    """torch.compile's backend; K8SCIFAR_COMPILE_BACKEND names another, for tests."""
+    """torch.compile's backend; tests set another in K8SCIFAR_COMPILE_BACKEND."""
     return os.environ.get("K8SCIFAR_COMPILE_BACKEND", DEFAULT)
 
 
 def check(config: Config, device: torch.device, which: Callable[[str], str | None] = shutil.which) -> None:
-    """Raise RankError where hardware.compile is asked for and this machine lacks what the compiled code is built with.
+    """Raise RankError if hardware.compile is set and this machine lacks a compiler.
 
-    Generated code is compiled on the spot: by Triton with a C compiler for a GPU, by a C++ compiler for a CPU.
+    torch compiles generated code on the machine: with Triton and a C compiler for a GPU, a C++ compiler for a CPU.
     """
     if not config.hardware.compile or backend() != DEFAULT:
         return
@@ -54,8 +54,8 @@ def check(config: Config, device: torch.device, which: Callable[[str], str | Non
 
 
 def compiled(net: nn.Module, config: Config) -> nn.Module:
-    """`net` compiled at its first use, its parameters the same objects."""
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # float32 is asked for as it is
+    """Return `net` so that its first call compiles it; its parameters stay the same objects."""
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # training in fp32 must not use TF32
     sizes = len({stage.pixels for stage in config.resolution})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

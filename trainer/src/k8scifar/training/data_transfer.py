@@ -1,4 +1,4 @@
-"""The ranks meet, and each node gets the data set: where it has a folder of its own, another's packed files."""
+"""Compare the ranks' settings and data, and copy the data set to nodes that have their own data folder."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from k8scifar.ranks import agree, transfer
 from k8scifar.ranks.world import World, node_of_this_rank
 from k8scifar.results import participants
 
-RECEIVED = ".received"  # fingerprints of the data sets that another node gave this folder, which may be replaced
+RECEIVED = ".received"  # fingerprints of the data sets that this folder has from another node: replaceable
 
 
 def prepared(config: Config) -> packed.Manifest | None:
-    """The data set of the folder that all ranks see; None where each node has its own. Raises UserError."""
+    """The data set of the folder that all ranks share; None if each node has its own folder. Raises UserError."""
     folder = Path(config.data.dir)
     if config.distributed.storage == "shared":
         return require(folder)
     if node_of_this_rank() == 0 and not (folder / packed.MANIFEST).exists():
-        say(f"there is no data set in {folder}; this node takes another's, if one has it")
+        say(f"there is no data set in {folder}; copying it from another node, if one has it")
     return None
 
 
 def supply(config: Config, manifest: packed.Manifest | None, world: World) -> packed.Manifest:
-    """Meet the other ranks; returns the data set that all train on, whose files are then on every node. Collective.
+    """Meet the other ranks, copy missing files, and return the data set that all train on; collective.
 
-    Where nodes have folders of their own, it is node 0's; or, if that has lost it, that of the first one which has it.
-    Raises PeersDiffer where ranks do not belong together, UserError where a node holds another data set that no other
-    gave it.
+    If each node has its own folder, that is node 0's data set; if node 0 has none, that of the first node with one.
+    Raises PeersDiffer if the ranks' settings differ, UserError if a node holds a different data set that it prepared.
     """
     data = {"data": manifest.fingerprint} if manifest else {}
-    attempt = {"attempt": os.environ.get(participants.ATTEMPT, "")}  # a rank of a former one belongs to nobody here
+    attempt = {"attempt": os.environ.get(participants.ATTEMPT, "")}  # ranks of an earlier attempt must not join
     agree.meet(world, config.shared() | data | _mathematics() | attempt)
     if manifest:
         return manifest
@@ -50,21 +49,21 @@ def supply(config: Config, manifest: packed.Manifest | None, world: World) -> pa
     lacking = agree.each(world, (lambda: _lacking(folder, given, offered, source)) if is_first else None)
     if any(lacking):
         transfer.spread(offered, folder, lacking[world.rank] or [], source, world)
-    agree.each(world, (lambda: _settle(folder, given)) if is_first else None)
+    agree.each(world, (lambda: _write_manifest(folder, given)) if is_first else None)
     return given
 
 
 def _mathematics() -> dict[str, str]:
-    """Versions that all ranks must have alike."""
+    """Versions that must be equal on all ranks."""
     return {name: version for name, version in versions.versions().items() if name in ("k8scifar", "code", "torch")}
 
 
 def _look(folder: Path) -> str:
-    """The content of this node's manifest, "" unless all of its files are here too. Raises Foreign, TrainingError."""
+    """This node's manifest as text; "" if it or one of its files is missing. Raises Foreign, TrainingError."""
     here = _here(folder)
     damaged = _missing(folder, _files(here)) if here else (folder / packed.MANIFEST).exists()
     if damaged:
-        say(f"the data set in {folder} is damaged; this node takes another's, if one has it")
+        say(f"the data set in {folder} is damaged; copying it from another node, if one has it")
     return packed.manifest_bytes(here).decode() if here and not damaged else ""
 
 
@@ -73,7 +72,7 @@ def _files(manifest: packed.Manifest) -> list[transfer.File]:
 
 
 def _missing(folder: Path, wanted: list[transfer.File]) -> list[transfer.File]:
-    """Those that are not in the folder, or not whole. Raises TrainingError."""
+    """The files that are missing in the folder, or damaged. Raises TrainingError."""
     try:
         return [file for file in wanted if not file.is_in(folder)]
     except OSError as error:
@@ -81,7 +80,7 @@ def _missing(folder: Path, wanted: list[transfer.File]) -> list[transfer.File]:
 
 
 def _lacking(folder: Path, given: packed.Manifest, offered: list[transfer.File], source: int) -> list[str]:
-    """Names of the files that this node has to take. Raises UserError where what it has is not to be replaced."""
+    """Names of the files that this node must copy. Raises UserError if its data set must not be replaced."""
     here, instead = _here(folder), ""
     if here and here.fingerprint != given.fingerprint:
         if here.fingerprint not in _received(folder):
@@ -89,16 +88,16 @@ def _lacking(folder: Path, given: packed.Manifest, offered: list[transfer.File],
                 f"{folder} holds another data set ({here.source}, fingerprint {here.fingerprint}) than rank {source}'s "
                 f"node ({given.source}, {given.fingerprint}); move it away, or give this machine another --data-dir"
             )
-        instead = f", in place of {here.source}"
+        instead = f", replacing {here.source}"
     lacking = _missing(folder, offered)
     if lacking:
         size = sum(file.bytes for file in lacking) / 1e6
-        say(f"taking {given.source} from rank {source}'s node into {folder} ({size:,.1f} MB){instead}")
+        say(f"copying {given.source} from rank {source}'s node to {folder} ({size:,.1f} MB){instead}")
     return [file.name for file in lacking]
 
 
-def _settle(folder: Path, given: packed.Manifest) -> None:
-    """Once all files are here: the manifest, which vouches for them. Raises TrainingError."""
+def _write_manifest(folder: Path, given: packed.Manifest) -> None:
+    """Write the manifest, once all of its files are in the folder. Raises TrainingError."""
     here = _here(folder)
     if here and here.fingerprint == given.fingerprint:
         return
@@ -112,7 +111,7 @@ def _settle(folder: Path, given: packed.Manifest) -> None:
 
 
 def _here(folder: Path) -> packed.Manifest | None:
-    """The manifest of this node's folder; None where there is none, or a damaged one. Raises Foreign, TrainingError."""
+    """The manifest of this node's folder; None if it is missing or damaged. Raises Foreign, TrainingError."""
     try:
         return packed.read_manifest(folder)
     except packed.Foreign:
@@ -122,7 +121,7 @@ def _here(folder: Path) -> packed.Manifest | None:
 
 
 def _received(folder: Path) -> list[str]:
-    """Fingerprints of the data sets that another node gave this folder."""
+    """Fingerprints of the data sets that this folder has from another node."""
     try:
         return files.read(folder / RECEIVED).decode(errors="replace").split()
     except OSError:

@@ -1,14 +1,15 @@
-"""Exact evaluation, however the test images divide among the ranks.
+"""Exact evaluation, however the images divide among the ranks.
 
-The images are cut into batches that do not depend on the world size; the ranks take them in turn, a faster rank more
-of them. The metrics are torchmetrics', reduced over the ranks by sums of counts. Sums over images are taken in image
-order once every rank's part is in place, so that the loss, too, is the same number for every world size.
+The images are cut into batches that do not depend on the world size. The ranks take the batches in turn, a faster rank
+more of them. torchmetrics adds up counts over the ranks. Sums over images are taken in the order of the images, once
+every rank's part is in place, so that the loss is the same number for every world size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ SHIFT = 1  # pixels of the stored image, up and left or down and right, of a shi
 
 
 class Stopped(Exception):
-    """The ranks agreed to stop in the midst of an evaluation."""
+    """The ranks agreed to stop during an evaluation."""
 
 
 def evaluate(
@@ -45,76 +46,118 @@ def evaluate(
 
     Args:
         pixels: resolution of the images, the one last trained at.
-        batch: images a forward pass.
+        batch: images in a forward pass.
         limit: use only this many images, evenly spaced; 0: all.
         turns: batches of each round by rank; empty: one each.
-        tta: also report the accuracy of the mean of the logits of an image and its mirror image; "shifts": besides,
-            that of the mean of this and of the four of both shifted by SHIFT (source: Jordan, 94% on CIFAR-10 in 3.29
+        tta: also report the accuracy of the mean of the logits of an image and its mirror image. "shifts": also that
+            of the mean of this and of the four of both shifted by SHIFT (source: Jordan, 94% on CIFAR-10 in 3.29
             Seconds on a Single GPU, 2024), for which `images` need that border.
-        keep_going: asked before each round of batches by all ranks; False on all ranks stops.
+        keep_going: all ranks call it before each round of batches; it returns the same on all.
 
     Raises:
-        Stopped: `keep_going` said so.
+        Stopped: `keep_going` returned False.
     """
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
-
     device, total = world.device, len(images)
     count = min(limit, total) if limit else total
     samples = (torch.arange(count) * total // count).to(device)
-    top = min(5, classes)
-    plain = MulticlassAccuracy(classes, average="micro").to(device)
-    top5 = MulticlassAccuracy(classes, average="micro", top_k=top).to(device)
-    each = MulticlassAccuracy(classes, average="none").to(device)
-    confusion = MulticlassConfusionMatrix(classes).to(device)
-    mirrored, shifted = (MulticlassAccuracy(classes, average="micro").to(device) for _ in range(2))
-    kept = _per_image_metric(count).to(device)
+    metrics = _Metrics(classes, count, tta, device)
+    with _evaluating(net):
+        for at in _own_batches(count, batch, world, turns, keep_going):
+            inputs = images.plain(samples[at], pixels)
+            with torch.inference_mode(), autocast(device, precision):
+                logits = _logits(net, inputs, tta)
+                if tta == "shifts":
+                    parts = [images.plain(samples[at], pixels, shift) for shift in (-SHIFT, SHIFT)]
+                    logits["accuracy_tta_shifts"] = _with_shifts(net, logits["accuracy_tta"], parts)
+            metrics.update(at, images.labels[samples[at]], logits)
+    return metrics.outcome(samples)
+
+
+def _own_batches(
+    count: int, batch: int, world: World, turns: Sequence[int], keep_going: Callable[[], bool]
+) -> Iterator[torch.Tensor]:
+    """The places, among `count` images, of each batch that this rank evaluates. Raises Stopped."""
+    places = torch.arange(count, device=world.device).split(batch)
+    takers = [rank for rank, each in enumerate(turns or [1] * world.size) for _ in range(each)]
+    for first in range(0, len(places), len(takers)):
+        if not keep_going():
+            raise Stopped
+        for at, taker in zip(places[first : first + len(takers)], takers, strict=False):
+            if taker == world.rank:
+                yield at
+
+
+@contextlib.contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; the former mode afterwards."""
     was_training = net.training
     net.eval()
     try:
-        places = torch.arange(count, device=device).split(batch)
-        takers = [rank for rank, count in enumerate(turns or [1] * world.size) for _ in range(count)]
-        for first in range(0, len(places), len(takers)):
-            if not keep_going():
-                raise Stopped
-            for at, taker in zip(places[first : first + len(takers)], takers, strict=False):
-                if taker != world.rank:
-                    continue
-                labels = images.labels[samples[at]]
-                inputs = images.plain(samples[at], pixels)
-                with torch.inference_mode(), autocast(device, precision):
-                    logits = net(inputs).float()
-                    both = (logits + net(inputs.flip(3)).float()) / 2 if tta else None
-                    if tta == "shifts":
-                        parts = [images.plain(samples[at], pixels, shift) for shift in (-SHIFT, SHIFT)]
-                        others = [net(part).float() for moved in parts for part in (moved, moved.flip(3))]
-                        shifted.update(both / 2 + sum(others) / 8, labels)
-                for metric in (plain, top5, each, confusion):
-                    metric.update(logits, labels)
-                kept.update(at, F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1))
-                if both is not None:
-                    mirrored.update(both, labels)
+        yield
     finally:
         net.train(was_training)
-    with warnings.catch_warnings():  # a rank without images has updated no metric: that is no news
-        warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
-        losses, predictions = kept.compute()
-        figures = {
-            "accuracy": plain.compute().item(),
-            "top5": top5.compute().item(),
-            "loss": losses.mean().item(),
-            "per_class": [round(value, 6) for value in each.compute().tolist()],
-            "images": count,
-        }
-        if tta:
-            figures["accuracy_tta"] = mirrored.compute().item()
-        if tta == "shifts":
-            figures["accuracy_tta_shifts"] = shifted.compute().item()
-        matrix = confusion.compute()
-    return Outcome(figures, samples.cpu(), losses.cpu(), predictions.cpu(), matrix.cpu())
+
+
+def _logits(net: nn.Module, inputs: torch.Tensor, tta: bool | str) -> dict[str, torch.Tensor]:
+    """Float32 [n, classes] by the figure that they are for: of the images, and of the mean with their mirror images."""
+    logits = net(inputs).float()
+    if not tta:
+        return {"accuracy": logits}
+    return {"accuracy": logits, "accuracy_tta": (logits + net(inputs.flip(3)).float()) / 2}
+
+
+def _with_shifts(net: nn.Module, both: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+    """The mean of `both`, an image's and its mirror image's logits, and of those of its shifted `parts`."""
+    others = [net(part).float() for moved in parts for part in (moved, moved.flip(3))]
+    return both / 2 + sum(others) / 8
+
+
+class _Metrics:
+    """torchmetrics' figures of the batches that this rank evaluates; `outcome` combines the ranks."""
+
+    def __init__(self, classes: int, count: int, tta: bool | str, device: torch.device) -> None:
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+        names = ["accuracy", *["accuracy_tta"] * bool(tta), *["accuracy_tta_shifts"] * (tta == "shifts")]
+        self._count = count
+        self._accuracies = {name: MulticlassAccuracy(classes, average="micro").to(device) for name in names}
+        self._top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)).to(device)
+        self._per_class = MulticlassAccuracy(classes, average="none").to(device)
+        self._confusion = MulticlassConfusionMatrix(classes).to(device)
+        self._per_image = _per_image_metric(count).to(device)
+
+    def update(self, at: torch.Tensor, labels: torch.Tensor, logits: dict[str, torch.Tensor]) -> None:
+        """Count one batch. `at`: places of its images among all; `logits`: by figure."""
+        plain = logits["accuracy"]
+        for metric in (self._top5, self._per_class, self._confusion):
+            metric.update(plain, labels)
+        self._per_image.update(at, F.cross_entropy(plain, labels, reduction="none"), plain.argmax(1))
+        for name, metric in self._accuracies.items():
+            metric.update(logits[name], labels)
+
+    def outcome(self, samples: torch.Tensor) -> Outcome:
+        """The figures over all ranks' batches; collective."""
+        with warnings.catch_warnings():  # torchmetrics warns on a rank that evaluated no batch
+            warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
+            losses, predictions = self._per_image.compute()
+            accuracies = {name: metric.compute().item() for name, metric in self._accuracies.items()}
+            figures = {
+                "accuracy": accuracies.pop("accuracy"),
+                "top5": self._top5.compute().item(),
+                "loss": losses.mean().item(),
+                "per_class": [round(value, 6) for value in self._per_class.compute().tolist()],
+                "images": self._count,
+                **accuracies,
+            }
+            confusion = self._confusion.compute()
+        return Outcome(figures, samples.cpu(), losses.cpu(), predictions.cpu(), confusion.cpu())
 
 
 def _per_image_metric(count: int) -> Any:
-    """A torchmetrics Metric of dense arrays: each image's place is filled by one rank, and sums join them exactly."""
+    """A torchmetrics Metric of dense arrays: one rank fills the place of an image, and sums over the ranks are exact.
+
+    The class is made here because importing torchmetrics takes a second.
+    """
     from torchmetrics import Metric
 
     class PerImage(Metric):

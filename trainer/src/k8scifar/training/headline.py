@@ -1,19 +1,16 @@
-"""What a run says of itself before its first step."""
+"""The line that describes a run before its first step, and advice for slow processors."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from k8scifar.config.schema import Config
 from k8scifar.training import model
-
-if TYPE_CHECKING:
-    from k8scifar.training.session import Session
+from k8scifar.training.session import Session
 
 
 def headline(session: Session) -> str:
-    """One line that tells what is about to train."""
+    """Model, images, ranks and length of the run in one line."""
     config, world, step = session.config, session.world, session.state.step
     resumed = f"; resuming at step {step}" if step else ""
     return (
@@ -27,9 +24,9 @@ def headline(session: Session) -> str:
     )
 
 
-def hint(session: Session) -> str:
-    """What to do where training takes long for want of bf16."""
-    if session.world.device.type != "cpu" or session.precision != "fp32" or session.config.epochs == 1:
+def hint(config: Config, device: torch.device, precision: str) -> str:
+    """Advice where training is slow because the processor has no bf16; else empty."""
+    if device.type != "cpu" or precision != "fp32" or config.epochs == 1:
         return ""
-    ask = 'epochs=1 under another name (make train NAME=look ARGS="--set epochs=1")'
-    return f"; this processor has no bf16: for a quick look, {ask}"
+    command = 'epochs=1 under another name (make train NAME=look ARGS="--set epochs=1")'
+    return f"; this processor has no bf16: for a quick look, {command}"

@@ -19,7 +19,8 @@ def build(config: Model, classes: int, products: bool = True) -> nn.Module:
     """A torchvision ResNet with fresh weights, drawn from torch's global generator, channels last.
 
     With the `cifar` stem, resnet18 has 11,173,962 parameters for 10 classes and needs 0.555 GMAC for a 32-pixel
-    image; `products`: with convolution.py's form of its convolutions, and norms.py's of its batch normalisations.
+    image. `products`: with cpu/convolution.py's convolutions and norms.py's batch normalisations.
+
     Source: He et al., Deep Residual Learning (2015), section 4.2, for the stem without pooling.
     """
     import_torchvision()
@@ -38,13 +39,13 @@ def build(config: Model, classes: int, products: bool = True) -> nn.Module:
 
 @torch.no_grad()
 def whiten(net: nn.Module, images: torch.Tensor) -> None:
-    """Start the first convolution, 3x3, with the whitening filters of the patches of `images` and their negatives.
+    """Set the first convolution, 3x3, to the whitening filters of the patches of `images`, and their negatives.
 
     Args:
         images: normalised, float32 [n, 3, height, width].
 
     Source: Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU (2024), section 3.1; here the filters stay
-    trainable and are scaled alike, since batch normalisation follows.
+    trainable and have equal norms, because batch normalisation follows.
     """
     weight = net.conv1.weight
     patches = F.unfold(images, 3).permute(0, 2, 1).reshape(-1, 27).double()
@@ -61,7 +62,7 @@ def parameters(net: nn.Module) -> int:
 
 
 def training_flops(net: nn.Module, pixels: int) -> int:
-    """Floating point operations of one image, forward and backward, counted by torch (2 a multiply-add)."""
+    """Floating point operations of one image, forward and backward, counted by torch (2 for a multiply-add)."""
     twin = copy.deepcopy(net).to("meta")
     with FlopCounterMode(display=False) as counter:
         twin(torch.empty(2, 3, pixels, pixels, device="meta")).sum().backward()

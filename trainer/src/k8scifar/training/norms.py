@@ -1,7 +1,6 @@
-"""Batch normalisation over micro-batches: several in one pass of the model, and running statistics that follow them.
+"""Batch normalisation of micro-batches: each is normalised by its own statistics, several of them in one pass.
 
-What a micro-batch's images are normalised with, and what they leave in the running statistics, does not depend on which
-micro-batches a rank computes, nor on how many of them in one pass.
+The result does not depend on which micro-batches a rank computes, or on how many of them in one pass.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-MOMENTUM = 0.1  # of BatchNorm's running statistics, a step
-PASS = 128  # images of small micro-batches that are computed in one pass; a pass of more is slower an image
+MOMENTUM = 0.1  # of BatchNorm's running statistics, in a step
+PASS = 128  # images in a pass of several micro-batches; with more of them an image takes longer
 
 
 class Norm(nn.BatchNorm2d):
-    """BatchNorm2d of a pass of several micro-batches, each normalised by itself; its names are those of BatchNorm2d."""
+    """BatchNorm2d that normalises each micro-batch of a pass alone; its parameters have BatchNorm2d's names."""
 
-    momenta: Sequence[float] = (MOMENTUM,)  # of the running statistics, by micro-batch of the pass
+    momenta: Sequence[float] = (MOMENTUM,)  # for each micro-batch of the next pass, set by Statistics
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """`images` [micro-batches x n, channels, height, width], micro-batch by micro-batch; the same shape."""
@@ -33,7 +32,7 @@ class Norm(nn.BatchNorm2d):
 
 
 class _Groups(torch.autograd.Function):
-    """torch's own batch normalisation, group by group, in place of one over all: no image is copied for it."""
+    """torch's batch normalisation of each micro-batch, in views of one tensor: no image is copied."""
 
     @staticmethod
     def forward(
@@ -76,7 +75,7 @@ class _Groups(torch.autograd.Function):
 
 
 def fit(net: nn.Module) -> None:
-    """Give the batch normalisations of `net` this form; parameters and statistics stay the same tensors."""
+    """Replace the batch normalisations of `net` by Norm; parameters and statistics stay the same tensors."""
     for module in list(net.modules()):
         for name, inner in list(module.named_children()):
             if type(inner) is nn.BatchNorm2d:
@@ -86,7 +85,7 @@ def fit(net: nn.Module) -> None:
 
 
 def passes(micro_batches: int, micro_batch: int) -> int:
-    """In how many passes so many micro-batches are computed."""
+    """Number of passes in which so many micro-batches are computed."""
     together = max(1, PASS // micro_batch)
     return -(-micro_batches // together)
 
@@ -97,39 +96,28 @@ def layers(net: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def momentum(index: int, count: int) -> float:
-    """The momentum under which a step's `count` micro-batches on this rank count equally in the running statistics.
+    """The momentum of micro-batch `index` of a rank's `count` in a step, so that all count equally.
 
-    With m the momentum of a whole step and s_i a micro-batch's statistics (their variance unbiased), the micro-batches
+    With m the momentum of a step and s_i a micro-batch's statistics (their variance unbiased), the micro-batches
     0..count-1 in turn leave R <- (1 - m) R + m mean(s_i), if micro-batch `index` takes the momentum
     m / (count - (count - 1 - index) m).
-    This is linear in the statistics, so the mean over ranks of their running statistics is what one rank that had seen
-    all micro-batches would hold; `agree.average` takes that mean at the end of each epoch. The running variance is
-    so the mean of the micro-batches' variances, not the variance of the global batch.
+    This is linear in the statistics. So the mean over the ranks of their running statistics is what one rank would hold
+    after all micro-batches; `agree.average` takes that mean at the end of each epoch. The running variance is therefore
+    the mean of the micro-batches' variances, not the variance of the global batch.
     """
     return MOMENTUM / (count - (count - 1 - index) * MOMENTUM)
 
 
 class Statistics:
-    """How the batch normalisations of a model follow the micro-batches; `following` is put around a forward pass.
+    """The running statistics of a model's batch normalisations, which follow the micro-batches of each step."""
 
-    Args:
-        layers: the batch normalisations.
-        constant: leave the layers' own momentum as it is, for a compiled model: the momentum is a constant of the
-            compiled graph, and each other value of it would be another graph. The layers then put a micro-batch's
-            statistics in the place of the running ones, and the two are joined here.
-    """
-
-    def __init__(self, layers: list[nn.BatchNorm2d], constant: bool = False) -> None:
-        self.layers, self._constant = layers, constant
-        if constant:
-            for layer in layers:
-                layer.momentum = 1.0
+    def __init__(self, layers: list[nn.BatchNorm2d]) -> None:
+        self.layers = layers
 
     @property
     def groups(self) -> bool:
         """Whether a pass may hold several micro-batches."""
-        on_cpu = all(layer.weight.device.type == "cpu" for layer in self.layers)
-        return on_cpu and not self._constant and all(isinstance(layer, Norm) for layer in self.layers)
+        return all(layer.weight.device.type == "cpu" and isinstance(layer, Norm) for layer in self.layers)
 
     def running(self) -> list[torch.Tensor]:
         """The running means and variances, float32 [channels] each."""
@@ -137,21 +125,38 @@ class Statistics:
 
     @contextlib.contextmanager
     def following(self, first: int, together: int, count: int) -> Iterator[None]:
-        """Within it, a pass of `together` micro-batches of a step's `count`, from `first` on, moves them.
+        """Update the statistics by the forward pass within: of `together` micro-batches of a step's `count`.
 
-        More than one together: only where `groups` says so.
+        `first`: micro-batches of the step before this pass. `together` is 1 unless `groups`.
         """
         momenta = [momentum(index, count) for index in range(first, first + together)]
-        if not self._constant:
-            for layer in self.layers:
-                layer.momentum, layer.momenta = momenta[0], momenta
-            yield
-            for layer in self.layers:
-                layer.momenta = momenta[:1]
-            return
-        running = self.running()
-        before = torch._foreach_mul(running, 1.0 - momenta[0])
+        for layer in self.layers:
+            layer.momentum, layer.momenta = momenta[0], momenta
+        yield
+        for layer in self.layers:
+            layer.momenta = momenta[:1]
+
+
+class CompiledStatistics(Statistics):
+    """Statistics of a compiled model, whose layers keep the momentum 1.0.
+
+    The momentum is a constant of the compiled graph: each other value of it would be another graph. With 1.0 the layers
+    replace the running statistics by the micro-batch's, and `following` mixes the two.
+    """
+
+    groups = False
+
+    def __init__(self, layers: list[nn.BatchNorm2d]) -> None:
+        super().__init__(layers)
+        for layer in layers:
+            layer.momentum = 1.0
+
+    @contextlib.contextmanager
+    def following(self, first: int, together: int, count: int) -> Iterator[None]:
+        """As in Statistics; one micro-batch a pass."""
+        weight, running = momentum(first, count), self.running()
+        before = torch._foreach_mul(running, 1.0 - weight)
         yield
         with torch.no_grad():
-            torch._foreach_mul_(running, momenta[0])
+            torch._foreach_mul_(running, weight)
             torch._foreach_add_(running, before)

@@ -1,4 +1,4 @@
-"""The optimiser."""
+"""Build the optimiser, set its learning rates, restore its momenta."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from k8scifar.training.muon import Muon
 
 
 def build(net: nn.Module, config: Config, precision: str = "fp32") -> torch.optim.Optimizer:
-    """SGD or Muon over `net`, weight decay on all parameters or on the matrices only.
+    """SGD or Muon over `net`, with weight decay on all parameters or on the matrices only.
 
-    `precision`: of the training; with bf16 on a CPU Muon's matrix products are in bfloat16, too.
+    `precision`: of the training. In bf16 on a CPU, Muon's matrix products are in bfloat16 as well.
 
     Source of a higher learning rate for the biases of batch normalisations: Page, How to Train Your ResNet (2018-2019),
     part 8; Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU (2024).
     """
     settings = config.optimizer
-    apart = settings.norm_bias_lr != 1.0  # else a group with the others, as in former releases' checkpoints
+    apart = settings.norm_bias_lr != 1.0  # else in the group of the others, as in checkpoints of earlier releases
     biases = [layer.bias for layer in norms.layers(net)] if apart else []
     kept = set(map(id, biases))
     vectors = [parameter for parameter in net.parameters() if parameter.ndim <= 1 and id(parameter) not in kept]
@@ -37,7 +37,7 @@ def build(net: nn.Module, config: Config, precision: str = "fp32") -> torch.opti
     ]
     if apart:
         groups.append({"params": biases, "weight_decay": decay, "scale": settings.norm_bias_lr})
-    # Not fused: on a CPU that form silently assumes that gradients lie in memory as their weights do.
+    # Not fused: on a CPU the fused form silently assumes that gradients have the memory layout of their weights.
     shared: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov, "foreach": True}
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, **shared)
@@ -48,7 +48,7 @@ def build(net: nn.Module, config: Config, precision: str = "fp32") -> torch.opti
 
 
 def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Take over momenta from a `state_dict`, but none of its settings: those that may have changed are the new ones."""
+    """Restore the momenta of a `state_dict`, and keep the present settings."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
@@ -56,7 +56,7 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
 
 
 def step_flops(optimizer: torch.optim.Optimizer) -> int:
-    """Floating point operations of the matrix products of one step."""
+    """Floating point operations of the matrix products in one step."""
     return optimizer.step_flops() if isinstance(optimizer, Muon) else 0
 
 

@@ -1,4 +1,4 @@
-"""What each step of a run is: its epoch, learning rate and resolution, all functions of the step alone."""
+"""Epoch, learning rate, resolution and samples of each step; they depend on nothing but the step."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class Plan:
 
     @property
     def order(self) -> Order:
-        """Which samples each step takes."""
+        """The samples of each step."""
         config = self.config
         return Order(self.count, config.global_batch, config.micro_batch, config.last_batch, config.seed)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps an epoch."""
+        """Optimiser steps in an epoch."""
         return self.order.steps_per_epoch
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimiser steps in the run."""
         return self.config.epochs * self.steps_per_epoch
 
     def lr(self, step: int) -> float:
-        """Learning rate of `step` (0-based): piecewise linear from start to the peak to end."""
+        """Learning rate of `step` (0-based): linear from `start` to the peak, then linear to `end`."""
         schedule, peak_at = self.config.schedule, self.config.schedule.warmup * self.steps
         if step < peak_at:
             factor = schedule.start + (1.0 - schedule.start) * step / peak_at
@@ -54,7 +54,7 @@ class Plan:
         return next((stage.pixels for stage in self.config.resolution if done < stage.until), self.last_pixels)
 
     def work(self, step: int) -> float:
-        """How much work the steps before `step` are, to compare: a convolution's work goes with the images' area."""
+        """Work of the steps before `step`, in pixels of a sample: a convolution's work is proportional to the area."""
         done, begin = 0.0, 0.0
         for stage in self.config.resolution:
             end = min(float(step), stage.until * self.steps)
@@ -67,7 +67,7 @@ class Plan:
         return self.config.resolution[-1].pixels
 
     def images_at(self) -> dict[int, int]:
-        """How many images the run trains on at each resolution."""
+        """Number of images that the run trains on at each resolution."""
         found: dict[int, int] = {}
         for step in range(self.steps):
             found[self.pixels(step)] = found.get(self.pixels(step), 0) + self.config.global_batch

@@ -1,4 +1,4 @@
-"""How fast several machines train together, and each rank's own part in it, from the clocks of all ranks."""
+"""Measure how fast the machines train together, and how long each rank computes, by the clocks of all ranks."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ from k8scifar.ranks.agree import gather
 from k8scifar.ranks.world import World
 from k8scifar.training.clock import PARTS, StepClock
 
+Times = dict[int, tuple[int, torch.Tensor]]  # pixels -> steps, seconds [world size, PARTS]
+
 
 class Meter:
-    """Adds up the steps of an epoch by resolution; does nothing unless `running`.
+    """Add up the seconds of an epoch's steps by resolution; does nothing unless `running`.
 
-    The first step of a process is left out: it is slower than the others.
+    The first step of a process does not count, because it is slower than the others.
     """
 
     def __init__(self, clock: StepClock, world: World, running: bool) -> None:
         self._clock, self._world, self._running = clock, world, running
         self._is_first = True
-        self._pixels, self._steps = 0, 0  # of the steps since the last look at the clock
+        self._pixels, self._steps = 0, 0  # of the steps since the clock was last read
         self._before: dict[str, float] | None = None
         self._found: dict[int, tuple[int, torch.Tensor]] = {}  # pixels -> steps, seconds of each of PARTS
 
     def begin(self, pixels: int) -> None:
-        """A step at this resolution begins."""
+        """Count a step at this resolution, which begins now."""
         if not self._running or self._is_first:
             self._is_first = False
             return
         if self._before is None:
             self._before = self._clock.total()
         elif pixels != self._pixels:
-            self._look()
+            self._read_clock()
         self._pixels = pixels
         self._steps += 1
 
-    def _look(self) -> None:
+    def _read_clock(self) -> None:
         now = self._clock.total()
         if self._steps:
             spent = torch.tensor([now[part] - self._before[part] for part in PARTS], dtype=torch.float64)
@@ -45,28 +47,26 @@ class Meter:
             self._found[self._pixels] = steps + self._steps, so_far + spent
         self._before, self._steps = now, 0
 
-    def read(self) -> dict[int, tuple[int, torch.Tensor]]:
-        """Pixels -> (steps, seconds [world size, PARTS]) since the last reading; the same on all ranks, collective."""
+    def read(self) -> Times:
+        """Times of the steps since the last call; collective, and the same on all ranks."""
         if self._before is not None:
-            self._look()
+            self._read_clock()
         found = {pixels: (steps, gather(spent, self._world)) for pixels, (steps, spent) in self._found.items()}
         self._found = {}
         return found
 
 
-def own_seconds(found: dict[int, tuple[int, torch.Tensor]], shares: Shares) -> list[float]:
-    """Seconds of a micro-batch by rank, over all that `Meter.read` found: known before a rank waits for others."""
+def own_seconds(found: Times, shares: Shares) -> list[float]:
+    """Seconds that each rank takes for a micro-batch, without waiting for other ranks. `found`: as Meter.read."""
     steps = sum(count for count, _ in found.values())
     own = sum(spent[:, PARTS.index("data")] + spent[:, PARTS.index("compute")] for _, spent in found.values())
     return (own / steps / torch.tensor(shares.counts)).tolist()
 
 
-def speed(
-    found: dict[int, tuple[int, torch.Tensor]], shares: Shares, world: World, global_batch: int
-) -> dict[str, Any] | None:
-    """An epoch's record of how fast the machines were together and alone, None where that can't be compared.
+def speed(found: Times, shares: Shares, world: World, global_batch: int) -> dict[str, Any] | None:
+    """An epoch's record of the machines' images/s together and alone; None where no rank measured its speed.
 
-    The wait for the network is what the rank waits that waits least: the others wait for it as well.
+    The wait for the network is that of the rank that waits least: the others also wait for that rank.
     """
     if shares.speeds is None or shares.speeds.pixels not in found:
         return None

@@ -1,4 +1,4 @@
-"""Before a run is opened: each rank that keeps a run folder looks into it, and all go on from the newest checkpoint."""
+"""Find the newest good checkpoint in the nodes' run folders, and prepare these folders for the run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from k8scifar.results.summary import MARKER
 from k8scifar.results.weights import WEIGHTS
 from k8scifar.training import checkpoint
 
-HANDED_ON = ("config.yaml", "metrics.jsonl", WEIGHTS, "report.html")  # of a finished run, to a node that lacks it
+RESULTS = ("config.yaml", "metrics.jsonl", WEIGHTS, "report.html")  # of a finished run; copied to nodes without them
 
 
 def find(config: Config, manifest: packed.Manifest, world: World) -> tuple[dict[str, Any] | None, bytes | None]:
-    """Where the run goes on from: (summary of a finished run, newest good checkpoint of any node).
+    """Return (summary, None) of a finished run, or (None, newest good checkpoint of any node, if there is one).
 
-    Collective; the same on all ranks. What a node lacks of it is in its folder afterwards. Raises UserError where a
-    folder can't be used.
+    Collective; the same on all ranks. Nodes that lack the files copy them. Raises UserError if a folder can't be used.
     """
     folder, mine = RunFolder(config.run_dir), _Found()
     seen = agree.each(world, (lambda: _look(folder, config, manifest, mine)) if world.keeps else None)
@@ -35,33 +34,33 @@ def find(config: Config, manifest: packed.Manifest, world: World) -> tuple[dict[
     if finished := [rank for rank, facts in found.items() if facts["finished"]]:
         summary = agree.broadcast(json.dumps(mine.summary).encode(), finished[0], world)
         if len(finished) < len(found):
-            _hand_on(folder, config.checkpoint.adopt, finished, world)
+            _copy_results(folder, config.checkpoint.adopt, finished, world)
         return json.loads(summary), None
-    whole = {rank: facts["checkpoint"] for rank, facts in found.items() if facts["checkpoint"]}
-    if not whole:
+    good = {rank: facts["checkpoint"] for rank, facts in found.items() if facts["checkpoint"]}
+    if not good:
         _refuse(folder, list(found.values()))
         _open(folder, config, world)
         return None, None
-    step = max(map(checkpoint.step_of, whole.values()))
-    newest = {rank: name for rank, name in whole.items() if checkpoint.step_of(name) == step}
-    best = min(newest)
+    step = max(map(checkpoint.step_of, good.values()))
+    newest = {rank: name for rank, name in good.items() if checkpoint.step_of(name) == step}
+    source = min(newest)
     if len(set(newest.values())) > 1 and world.is_main:
-        told = ", ".join(f"{name} on the node of rank {rank}" for rank, name in newest.items())
-        say(f"the nodes have drifted apart by step {step}: {told}; going on from rank {best}'s")
-    content = agree.broadcast(mine.content, best, world)
-    _open(folder, config, world, whole[best], content, best)
+        listing = ", ".join(f"{name} on the node of rank {rank}" for rank, name in newest.items())
+        say(f"the nodes have drifted apart by step {step}: {listing}; resuming from rank {source}'s checkpoint")
+    content = agree.broadcast(mine.content, source, world)
+    _open(folder, config, world, good[source], content, source)
     return None, content
 
 
 class _Found:
-    """What a rank found in its run folder."""
+    """What this rank found in its run folder."""
 
     summary: dict[str, Any] | None = None
     content = b""  # of the newest good checkpoint
 
 
 def _look(folder: RunFolder, config: Config, manifest: packed.Manifest, mine: _Found) -> dict[str, Any]:
-    """One rank's part of `find`, which changes nothing: what is in its folder, in a few words."""
+    """Look into one node's run folder and claim it; return what is there. Nothing else changes."""
     facts: dict[str, Any] = {"finished": False, "checkpoint": "", "damaged": False}
     try:
         ownership.check_owner(folder.path, config.checkpoint.adopt)
@@ -70,12 +69,12 @@ def _look(folder: RunFolder, config: Config, manifest: packed.Manifest, mine: _F
         if mine.summary and folder.is_finished(mine.summary, config, manifest):
             return facts | {"finished": True}
         if folder.path.is_dir():
-            ownership.take(folder.path, config.checkpoint.adopt)  # from here on nobody else writes in it
+            ownership.take(folder.path, config.checkpoint.adopt)  # no other process may write in it from here on
         for path, content, why in checkpoint.newest_good(folder.checkpoints):
             if content is not None:
                 mine.content = content
                 return facts | {"checkpoint": path.name}
-            say(f"{why}; trying the one before")
+            say(f"{why}; trying the checkpoint before it")
             facts["damaged"] = True
     except OSError as error:
         kind = TrainingError if error.errno in files.TRANSIENT else UserError
@@ -84,9 +83,9 @@ def _look(folder: RunFolder, config: Config, manifest: packed.Manifest, mine: _F
 
 
 def _refuse(folder: RunFolder, found: list[dict[str, Any]]) -> None:
-    """Raise UserError where no checkpoint is whole, and something says that there should be one."""
+    """Raise UserError where no checkpoint is good but the folder shows that there was one."""
     if any(facts["summary"] for facts in found):
-        raise UserError(f"{folder.path} has a summary but no checkpoint to go on from; give the run another --name")
+        raise UserError(f"{folder.path} has a summary but no checkpoint to resume from; give the run another --name")
     if any(facts["damaged"] for facts in found):
         raise UserError(
             f"no checkpoint in {folder.checkpoints} is whole; remove them to start anew, or use another --name"
@@ -96,9 +95,9 @@ def _refuse(folder: RunFolder, found: list[dict[str, Any]]) -> None:
 def _open(
     folder: RunFolder, config: Config, world: World, name: str = "", content: bytes = b"", source: int = 0
 ) -> None:
-    """Make each run folder ready, with the checkpoint `name`, which rank `source` has, in it; collective.
+    """Prepare each run folder, and copy the checkpoint `name` of rank `source` into it; collective.
 
-    Raises TrainingError where that succeeds on no node; a node on which it does not keeps no checkpoints for now.
+    A node on which that fails keeps no checkpoints for now. Raises TrainingError where it fails on every node.
     """
 
     def make() -> str:
@@ -122,11 +121,11 @@ def _open(
             say(f"resuming from {folder.checkpoints / name}")
         return ""
 
-    told = agree.each(world, make if world.keeps else None)
-    problems = [problem for problem in told if problem is not None]
+    results = agree.each(world, make if world.keeps else None)
+    problems = [problem for problem in results if problem is not None]
     if all(problems):
         raise TrainingError(problems[0])
-    if problem := told[world.rank]:
+    if problem := results[world.rank]:
         say(f"{problem}; another node keeps the checkpoints meanwhile")
 
 
@@ -137,13 +136,13 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _hand_on(folder: RunFolder, adopt: bool, finished: list[int], world: World) -> None:
-    """Give the nodes that lack it what a finished run left on another, its mark last; collective."""
+def _copy_results(folder: RunFolder, adopt: bool, finished: list[int], world: World) -> None:
+    """Copy a finished run's files to the nodes that lack them, the summary last; collective."""
     source, lacks = finished[0], world.keeps and world.rank not in finished
 
     def list_files() -> list[list[Any]]:
         newest = [f"checkpoints/{path.name}" for path in checkpoint.listed(folder.checkpoints)[:1]]
-        names = [name for name in (*newest, *HANDED_ON, MARKER) if (folder.path / name).is_file()]
+        names = [name for name in (*newest, *RESULTS, MARKER) if (folder.path / name).is_file()]
         return [list(astuple(transfer.File.of(folder.path, name))) for name in names]
 
     try:
@@ -151,7 +150,7 @@ def _hand_on(folder: RunFolder, adopt: bool, finished: list[int], world: World) 
         offered = [transfer.File(*values) for values in listed if _may_come(values[0])]
         wanted = [file.name for file in offered if not file.is_in(folder.path)] if lacks else []
         if lacks:
-            say(f"the run is finished: taking what it left from the node of rank {source} into {folder.path}")
+            say(f"the run is finished: copying its results from the node of rank {source} to {folder.path}")
             files.make_folder(folder.path)
             ownership.take(folder.path, adopt)
     except OSError as error:
@@ -161,6 +160,6 @@ def _hand_on(folder: RunFolder, adopt: bool, finished: list[int], world: World) 
 
 
 def _may_come(name: str) -> bool:
-    """Whether a name that another node announces is one of a run folder's: no way out of it."""
+    """Whether a file name from another node is a run folder's, so that it can't lead out of the folder."""
     parent, _, file = name.rpartition("/")
-    return name in (*HANDED_ON, MARKER) or (parent == "checkpoints" and checkpoint.is_named(file))
+    return name in (*RESULTS, MARKER) or (parent == "checkpoints" and checkpoint.is_named(file))

@@ -1,8 +1,7 @@
-"""The state of a training run: all that a checkpoint must hold for the resumed run to equal the uninterrupted one."""
+"""The state of a run, and its checkpoint: what a resumed run needs to equal an uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k8scifar.config.schema import COMM, FIXED, Config, flatten
-from k8scifar.data.augment import Images
 from k8scifar.data.packed import Manifest
 from k8scifar.errors import UserError
 from k8scifar.exchange.gradients import AllReduce
@@ -22,14 +20,12 @@ from k8scifar.exchange.shares import Shares, equal
 from k8scifar.ranks.agree import gather, gather_json, unflatten
 from k8scifar.ranks.world import World
 from k8scifar.results.summary import with_todays_names
-from k8scifar.training import compiling, loss_scaling, model, norms, optim
-
-WHITEN_FROM = 2000  # training images, evenly spaced, whose patches give the whitening filters
+from k8scifar.training import norms, optim
 
 
 @dataclass
 class State:
-    """Weights, optimiser, counters; `step` optimiser steps are done."""
+    """Weights, optimiser and counters after `step` optimiser steps."""
 
     config: Config
     manifest: Manifest
@@ -37,54 +33,16 @@ class State:
     net: nn.Module
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # does nothing but in fp16
-    statistics: norms.Statistics  # each rank's own running statistics
+    scaler: torch.amp.GradScaler  # enabled in fp16 only
+    statistics: norms.Statistics  # this rank's running statistics
     sums: torch.Tensor  # float64 [3]: loss, correct, images, of this rank in this epoch
-    exchange: AllReduce | None  # how the ranks combine what they learnt, once it is chosen
-    shares: Shares  # who computes how much of a step
+    shares: Shares  # micro-batches of each rank in a step
     first_bad: torch.Tensor  # int64 []: the step of this rank's first loss that was not finite, 0: none
+    exchange: AllReduce | None = None  # how the ranks combine gradients or weights; None until it is chosen
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
-    members: list[dict[str, Any]] = field(default_factory=list)  # who took part from which step on
-    seconds: float = 0.0  # of all processes up to the last checkpoint
-
-    @classmethod
-    def fresh(cls, config: Config, manifest: Manifest, world: World, images: Images, precision: str) -> State:
-        """Step 0, the weights drawn from the seed; `images` are the training split's."""
-        torch.manual_seed(config.seed)
-        net = model.build(config.model, len(manifest.classes), config.hardware.products)
-        if config.model.whiten:
-            count = min(WHITEN_FROM, len(images))
-            sample = torch.arange(count, device=world.device) * len(images) // count
-            model.whiten(net, images.plain(sample, config.resolution[0].pixels).cpu())
-        net = net.to(world.device)
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        with warnings.catch_warnings():  # newer torch wants a name that older ones lack
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            ddp = DistributedDataParallel(
-                net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
-            )
-        _settle_buckets(ddp, norms.layers(net), world.device)
-        if config.hardware.compile:  # only now: the settling pass would be compiled as well
-            ddp.module = compiling.compiled(net, config)
-        statistics = norms.Statistics(norms.layers(net), constant=config.hardware.compile)
-        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        optimizer = optim.build(net, config, precision)
-        scaler = loss_scaling.scaler(world.device, precision)
-        return cls(
-            config,
-            manifest,
-            world,
-            net,
-            ddp,
-            optimizer,
-            scaler,
-            statistics,
-            sums,
-            None,
-            Shares(equal(config.micro_batches, world.size)),
-            sums.new_zeros((), dtype=torch.int64),
-        )
+    members: list[dict[str, Any]] = field(default_factory=list)  # nodes and ranks, from which step on
+    seconds: float = 0.0  # that the run had taken at the last checkpoint, in all processes
 
     def communicate(self, mode: str, every: int) -> None:
         """Choose how the ranks communicate, before the first step and before `restore`; at most once.
@@ -101,37 +59,37 @@ class State:
         self.exchange.at_once = self.scaler.is_enabled()  # which looks for an overflow in all gradients
 
     def take_shares(self, shares: Shares) -> None:
-        """Divide the work so from now on: before `restore`, or when the ranks' statistics are equal."""
+        """Divide the work by `shares`, before `restore` or while the ranks' statistics are equal."""
         self.shares = shares
         by_speed = self.config.distributed.share == "auto"
         self.exchange.divide_updates(shares.relative if by_speed else [1.0] * self.world.size)
 
     def passes(self, count: int) -> list[int]:
-        """Of so many micro-batches of a step, those of each pass."""
+        """Divide so many micro-batches of a step into passes: their number in each pass."""
         parts = norms.passes(count, self.config.micro_batch) if self.statistics.groups else count
         return equal(count, parts)
 
-    def note_loss(self, loss: torch.Tensor) -> None:
-        """Remember the step just done if its loss is the first that is not finite; nothing waits for a GPU here."""
+    def record_first_bad(self, loss: torch.Tensor) -> None:
+        """Record the step just done if its loss is the first that is not finite. Does not wait for a GPU."""
         is_first = ~torch.isfinite(loss) & (self.first_bad == 0)
         self.first_bad = torch.where(is_first, self.step, self.first_bad)
 
     def local(self) -> torch.Tensor:
-        """What differs between the ranks within an epoch, float64 [n]: running statistics and sums."""
+        """Running statistics and sums, which differ between the ranks within an epoch; float64 [n]."""
         return torch.cat([tensor.flatten().double() for tensor in [*self.statistics.running(), self.sums]])
 
     def _set_local(self, row: torch.Tensor) -> None:
         unflatten(row, [*self.statistics.running(), self.sums])
 
     def weight_sum(self) -> torch.Tensor:
-        """Sum of all weights, float64 [1] on the CPU: not finite if any of them is not."""
+        """Sum of all weights, float64 [1] on the CPU: not finite if one of them is not."""
         sums = [parameter.detach().double().sum() for parameter in self.net.parameters()]
         return torch.stack(sums).sum().view(1).cpu()
 
     def shared(self) -> list[torch.Tensor]:
-        """What all ranks hold alike now: the weights and, where the ranks take equal steps, the momenta; float32.
+        """The float32 tensors that are equal on all ranks now: weights and, where the ranks take equal steps, momenta.
 
-        Not the momenta that their owner alone has.
+        Momenta that only their owner holds are not among them.
         """
         if not self.exchange.equal:
             return []
@@ -144,10 +102,10 @@ class State:
         return weights + [momentum for momentum in momenta if momentum is not None]
 
     def digest(self) -> torch.Tensor:
-        """A number that tells `shared` of one rank from that of another if a bit differs, float64 [1] on the CPU.
+        """A hash of `shared`, float64 [1] on the CPU.
 
-        Sums of integers, which are exact in any order: unlike processors would add floats differently. Squares, so that
-        small differences do not cancel.
+        It adds up integers, which is exact in any order; different processors would add floats differently. It adds
+        squares too, so that small differences do not cancel.
         """
         bits = [tensor.view(torch.int32) for tensor in self.shared()]
         sums = [(values * values).sum(dtype=torch.int64) + 31 * values.sum(dtype=torch.int64) for values in bits]
@@ -156,7 +114,7 @@ class State:
 
     @torch.no_grad()
     def equalise(self) -> None:
-        """Give all ranks what rank 0 holds of `shared`; collective."""
+        """Replace `shared` on all ranks by rank 0's; collective."""
         tensors = self.shared()
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         self.world.pulse.arrive()
@@ -164,15 +122,15 @@ class State:
         unflatten(flat, tensors)
 
     def snapshot(self, pixels: int) -> dict[str, Any]:
-        """A checkpoint's values, copied to the CPU; collective: all ranks call it, those that keep it use it.
+        """Copy a checkpoint's values to the CPU, on the ranks that write checkpoints; {} on the others. Collective.
 
-        These are rank 0's, and the same to the last bit on every node. `pixels` is the resolution last trained at.
+        The values are rank 0's, bit for bit, on every node. `pixels`: the resolution last trained at.
         """
         local = gather(self.local(), self.world)
         communication = self.exchange.snapshot()
         config = self.config.model_dump(mode="json")
         if self.world.own_folders:
-            config = gather_json(config, self.world)[0]  # folders and logs may differ from host to host
+            config = gather_json(config, self.world)[0]  # rank 0's, because folders may differ between hosts
         if not self.world.keeps:
             return {}
         with self.exchange.as_rank_0(communication["own"]):
@@ -201,13 +159,13 @@ class State:
             "history": [dict(record) for record in self.history],
             "members": self.members,
             "seconds": self.seconds,
-            "rng": torch.get_rng_state(),  # nothing draws from it while training; kept for what may come
+            "rng": torch.get_rng_state(),  # nothing draws from it during training yet
         }
 
     def restore(self, payload: dict[str, Any]) -> tuple[str, str]:
-        """Take over a checkpoint's values; returns what has changed since, and what of several ranks is merged.
+        """Restore a checkpoint's values; return the settings that changed since, and what was merged of its ranks.
 
-        Raises UserError where a change may not be.
+        Both are clauses for the log, or empty. Raises UserError where a setting must not change.
         """
         changed = check_resumable(self.config, payload, self.manifest)
         self.net.load_state_dict(payload["model"])
@@ -226,7 +184,7 @@ class State:
         then = Shares.from_saved(payload.get("share"), sum(self.shares.counts), len(local))
         if then.counts == self.shares.counts:
             self._set_local(local[self.world.rank])
-        else:  # another division: the means of the statistics, the sums on rank 0
+        else:  # other ranks or shares: the mean of the statistics, and all sums on rank 0
             row = _mean(local, then)
             row[-3:] = local[:, -3:].sum(0) if self.world.is_main else 0.0
             self._set_local(row)
@@ -234,7 +192,7 @@ class State:
         return changed, merged
 
     def _mean_statistics(self, local: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The running statistics that the ranks' average would leave, by state-dict name."""
+        """The mean of the ranks' running statistics, by state-dict name."""
         mean, found, at = _mean(local, self.shares), {}, 0
         for name, layer in self.net.named_modules():
             if isinstance(layer, nn.BatchNorm2d):
@@ -245,25 +203,10 @@ class State:
         return found
 
 
-def _settle_buckets(ddp: DistributedDataParallel, layers: list[nn.BatchNorm2d], device: torch.device) -> None:
-    """Two throw-away backward passes, which leave the weights and statistics unchanged.
-
-    With `static_graph` DDP keeps all gradients in one bucket for two passes and lays out its buckets in the third. The
-    bucket decides the order of the sums: without these passes the first step of each process would round differently
-    at three or more ranks, and a resumed run would differ from the uninterrupted one. The first pass is needed anyway:
-    one under `no_sync` (the first of several micro-batches) would end in an assertion of the reducer.
-    """
-    for layer in layers:
-        layer.momentum = 0.0
-    for _ in range(2):
-        ddp(torch.zeros(2, 3, 8, 8, device=device).to(memory_format=torch.channels_last)).sum().backward()
-    ddp.zero_grad(set_to_none=False)
-
-
 def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest) -> str:
-    """What has changed since this checkpoint, in words; empty where nothing has.
+    """List the settings that changed since this checkpoint; empty if none did.
 
-    Raises UserError where a run must not go on from it: another data set or other mathematics.
+    Raises UserError if a run must not resume from it, because the data set or the mathematics differ.
     """
     if payload["data"] != manifest.fingerprint:
         raise UserError(
@@ -288,24 +231,24 @@ def check_resumable(config: Config, payload: dict[str, Any], manifest: Manifest)
     changed = config.differences(saved)
     fixed = [key for key in changed if {key, key.split(".")[0]} & set(FIXED)]
     extended = set(changed) <= {"epochs"} and config.epochs > payload["config"]["epochs"]
-    told = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+    listing = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
     if changed and not extended and (fixed or not config.checkpoint.accept_changes):
-        remedy = "" if fixed else ", or set checkpoint.accept_changes=true to go on with the new values"
+        remedy = "" if fixed else ", or set checkpoint.accept_changes=true to resume with the new values"
         raise UserError(
-            f"the checkpoint of step {payload['step']} has another configuration ({told}); "
+            f"the checkpoint of step {payload['step']} has another configuration ({listing}); "
             f"give the run another --name{remedy}"
         )
-    return told
+    return listing
 
 
 def _mean(rows: torch.Tensor, shares: Shares) -> torch.Tensor:
-    """The mean over the ranks of [world size, n] running statistics, each as its micro-batches count."""
+    """The mean over the ranks of [world size, n] running statistics, weighted by their micro-batches."""
     weights = [shares.weight(rank) for rank in range(len(rows))]
     return (rows * torch.tensor(weights, dtype=rows.dtype).unsqueeze(1)).mean(0)
 
 
 def _to_cpu(tree: Any) -> Any:
-    """A copy of nested containers, their tensors copied to the CPU."""
+    """Copy nested containers, and their tensors to the CPU."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().cpu().clone()
     if isinstance(tree, dict):

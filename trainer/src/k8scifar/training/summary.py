@@ -1,4 +1,4 @@
-"""What a finished run came to."""
+"""Summarise a finished run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from k8scifar.training.state import State
 
 
 def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weights: str) -> dict[str, Any]:
-    """What a finished run came to.
+    """The content of summary.json, without the mistakes.
 
     Args:
         outcome: the last evaluation's.
@@ -56,10 +56,10 @@ def summarise(state: State, plan: Plan, outcome: Outcome, precision: str, weight
 
 
 def _members(state: State, plan: Plan) -> dict[str, Any]:
-    """Who took part from which step to which, where that changed."""
+    """Nodes and ranks, from which step to which, if they changed during the run."""
     return {"members": participants.within(state.members, 0, plan.steps)} if len(state.members) > 1 else {}
 
 
 def device_name(device: torch.device) -> str:
-    """The name of what trains."""
+    """Name of the GPU, or the CPU with its threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"

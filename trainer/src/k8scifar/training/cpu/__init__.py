@@ -1,1 +1,1 @@
-"""What only a CPU runs: faster convolutions and memory settings."""
+"""Code for CPUs only: faster convolutions, and memory settings."""

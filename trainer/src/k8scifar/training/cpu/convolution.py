@@ -1,13 +1,13 @@
 """3x3 convolutions on a CPU: with fewer multiplications, or as one matrix product over the whole batch.
 
-In float32 those of stride 1 take winograd.py's form. Of the others: oneDNN convolves image by image, and reads all
-weights anew for each; where an image has few pixels and the weights are many (the last stages of a ResNet at 32 pixels
-and below), it waits for memory most of the time. There the patches of all images are laid out as rows of one matrix
-(im2col), so that the weights are read once. Which form is taken depends on the shapes, the precision and the kind of
-processor (vendor, instructions, ONEDNN_MAX_CPU_ISA), never on a measurement: a run that resumes on the same kind of
-processor computes the same bits. On another kind it may take another form, which rounds differently.
+In float32, stride 1 uses winograd.py. Else oneDNN convolves image by image, and reads all weights for each image. With
+few pixels and many weights (the last stages of a ResNet at 32 pixels and below) it mostly waits for memory. There the
+patches of all images become the rows of one matrix (im2col), so that the weights are read once. The choice depends on
+shapes, precision and the kind of processor (vendor, instructions, ONEDNN_MAX_CPU_ISA), never on a measurement: a run
+that resumes on the same kind of processor computes the same bits. Another kind may compute another form, which rounds
+differently.
 
-Source of the form: Chellapilla, Puri, Simard, High Performance Convolutional Neural Networks for Document Processing
+Source: Chellapilla, Puri, Simard, High Performance Convolutional Neural Networks for Document Processing
 (2006).
 """
 
@@ -25,16 +25,16 @@ from torch import nn
 from k8scifar import machine
 from k8scifar.training.cpu import winograd
 
-MEASURED = platform.machine() in ("x86_64", "AMD64")  # elsewhere torch's own convolution, until somebody has measured
-# From how many output channels for each pixel of an output image on products are faster: for all three (output and both
+MEASURED = platform.machine() in ("x86_64", "AMD64")  # other processors use torch's convolution: not measured
+# Output channels for each pixel of an output image, from which products are faster: for all three (output and both
 # gradients), and for the gradient of the weights alone. Measured for batches of 125 (`make bench ROWS=products`).
 FEW = {"fp32": (32, 32), "slow bf16": (128, 32), "fast bf16": (32, 7)}
-# From how many channels, in and out, on winograd.py's form is faster (the same row).
+# Channels, in and out, from which winograd.py is faster (the same row).
 WINOGRAD = {"fp32": 64, "slow bf16": 256, "fast bf16": math.inf}
 
 
 class Convolution(nn.Conv2d):
-    """A 3x3 convolution with padding 1 and no bias; its weights, names and results are those of nn.Conv2d."""
+    """A 3x3 convolution with padding 1 and no bias; a drop-in replacement of nn.Conv2d."""
 
     def __init__(self, inner: nn.Conv2d) -> None:
         super().__init__(inner.in_channels, inner.out_channels, 3, inner.stride, 1, bias=False, device="meta")
@@ -58,7 +58,7 @@ class Convolution(nn.Conv2d):
 
 
 def fit(net: nn.Module) -> None:
-    """Give the 3x3 convolutions of `net` this form; the weights stay the same tensors."""
+    """Replace the 3x3 convolutions of `net` by Convolution; the weights stay the same tensors."""
     for module in list(net.modules()):
         for name, inner in list(module.named_children()):
             if type(inner) is nn.Conv2d and _fits(inner):
@@ -72,7 +72,7 @@ def _fits(inner: nn.Conv2d) -> bool:
 
 
 class _Products(torch.autograd.Function):
-    """The convolution with its gradients; where not `everywhere`, only the gradient of the weights is a product."""
+    """The convolution and its gradients as products; only the gradient of the weights, unless `everywhere`."""
 
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, weight: torch.Tensor, stride: int, everywhere: bool) -> torch.Tensor:
@@ -90,7 +90,7 @@ class _Products(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_images = _of_images(gradient, images, weight, ctx.stride, ctx.everywhere)
         if ctx.needs_input_grad[1]:
-            # Laid out again: kept from the forward pass, they would take nine times the images' memory.
+            # Computed again, because patches kept from the forward pass would take nine times the images' memory.
             rows, (*_, taps) = patches(images, ctx.stride)
             product = _rows(gradient).T @ rows
             inner = product.view(len(weight), *(len(_range(tap)) for tap in taps), -1).permute(0, 3, 1, 2)
@@ -102,14 +102,14 @@ class _Products(torch.autograd.Function):
 
 
 def patches(images: torch.Tensor, stride: int) -> tuple[torch.Tensor, tuple[int, int, int, tuple[slice, slice]]]:
-    """The patch behind each output pixel as a row, and what the rows are.
+    """The patch behind each output pixel as a row, and the shape of the rows.
 
     Args:
         images: [n, channels, height, width], channels last.
 
     Returns:
         rows [n x height x width of the output, taps x channels], (n, output height, output width, taps): `taps` are the
-        rows and columns of the kernel that ever meet an image's pixel; of a single pixel that is the middle alone.
+        rows and columns of the kernel that meet an image's pixel; for a single pixel, only the middle.
     """
     n, channels, *sizes = images.shape
     padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
@@ -130,7 +130,7 @@ def _of_images(
     if not everywhere:
         return torch.nn.grad.conv2d_input(images.shape, weight, gradient, stride, 1)
     n, channels, height, width = images.shape
-    if stride == 1:  # the convolution of the gradient with the kernel turned around
+    if stride == 1:  # the gradient, convolved with the kernel turned around
         rows, (*_, taps) = patches(gradient.contiguous(memory_format=torch.channels_last), 1)
         places = [(2 - row, 2 - column) for row in _range(taps[0]) for column in _range(taps[1])]
         turned = torch.cat([weight[:, :, row, column] for row, column in places])
@@ -145,7 +145,7 @@ def _of_images(
 
 
 def _matrix(weight: torch.Tensor, taps: tuple[slice, slice]) -> torch.Tensor:
-    """Weights [out, in, 3, 3] as [out, taps x in]; a view where they lie channels last."""
+    """Weights [out, in, 3, 3] as [out, taps x in]; a view if they are channels last."""
     return weight[:, :, taps[0], taps[1]].permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
@@ -159,7 +159,7 @@ def _range(taps: slice) -> range:
 
 
 def kind(dtype: torch.dtype) -> str:
-    """How this processor multiplies matrices of this type, of the kinds in FEW."""
+    """The key of FEW for matrices of this type on this processor."""
     if dtype != torch.bfloat16:
         return "fp32"
     return "fast bf16" if _fast_bf16() else "slow bf16"
@@ -167,5 +167,5 @@ def kind(dtype: torch.dtype) -> str:
 
 @functools.cache
 def _fast_bf16() -> bool:
-    """Whether bf16 is several times as fast as float32 here."""
+    """Whether bf16 is several times faster than float32 on this processor."""
     return machine.fast_bf16()

@@ -1,4 +1,4 @@
-"""The process's memory, kept from step to step."""
+"""Keep the process's freed memory for the next step."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import contextlib
 import ctypes
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
-KEEP, KEEP_OLD = 1 << 30, 1 << 25  # bytes; the most that older versions accept
+KEEP, KEEP_OLD = 1 << 30, 1 << 25  # bytes; older versions accept no more than the second
 
 
 def keep() -> None:
-    """Have the C library keep freed memory for the next step; does nothing where it has no such setting.
+    """Make the C library keep freed memory; does nothing if it has no such setting.
 
-    It would give large blocks back to the kernel at once, which then fills them with zeros again, page by page, at the
-    next step: on a CPU two thirds of the time of the data path, and some hundredths of a step.
+    By default it returns large blocks to the kernel at once, which clears them page by page at the next step. On a CPU
+    that takes two thirds of the data path's time, and a few percent of a step's.
     """
     with contextlib.suppress(AttributeError, OSError, ValueError):
         library = ctypes.CDLL(None)
