@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import io
 import os
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import k8scifar
 from k8scifar.errors import TrainingError, UserError
@@ -32,8 +31,11 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code. A mistake of the user's is one line and exit code 2."""
+def main(argv: list[str] | None = None, explain: Callable[[str], None] = lambda line: None) -> int:
+    """Run one command and return its exit code. A user's mistake is one line and exit code 2.
+
+    `explain` is called with that line, and with that of a failed run.
+    """
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         return getattr(module, run)(args) if module else 0
     except (UserError, TrainingError) as error:
-        _tell(error)
+        _log(error, explain)
         return error.code
     except KeyboardInterrupt:
         return 130
@@ -67,15 +69,12 @@ def _parser(chosen: str) -> tuple[argparse.ArgumentParser, object | None, str]:
     return parser, module, run
 
 
-def _tell(error: UserError | TrainingError) -> None:
-    """Say why we end: on stderr, once a machine unless it is this rank's own, and to the supervisor."""
+def _log(error: UserError | TrainingError, explain: Callable[[str], None]) -> None:
+    """Log the error's line, once a machine unless it concerns this rank only."""
     line = " ".join(str(error).split())
     if not error.shared or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"k8scifar: error: {line}", file=sys.stderr, flush=True)
-        reason = os.environ.get("K8SCIFAR_REASON_FILE")
-        if reason:
-            with contextlib.suppress(OSError):
-                Path(reason).write_text(line + "\n", encoding="utf-8", errors="backslashreplace")
+        explain(line)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""The one place for what torchvision's import needs where its compiled operators are missing.
+"""Make ``import torchvision`` work where its compiled operators do not load.
 
-Beside a torch build of another index (a CPU torch with the registry's CUDA torchvision, say), torchvision's C++
-operators do not load and ``import torchvision`` fails with "operator torchvision::nms does not exist". Models, data
-sets and transforms need none of them, so their schemas alone make the import work. Where torchvision is whole this
-module does nothing.
+They do not load with a torch build of another index, for example a CPU torch with a CUDA torchvision. The import then
+fails with "operator torchvision::nms does not exist". Models, data sets and transforms need none of these operators,
+so defining their schemas is enough.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_keep: list[torch.library.Library] = []  # a Library takes its definitions with it when it is collected
+_keep: list[torch.library.Library] = []  # garbage collection of a Library removes its definitions
 
 
 def _operators_load() -> bool:
-    """Whether torchvision's compiled operators load beside this torch."""
+    """Return whether torchvision's compiled operators load with this torch."""
     spec = importlib.util.find_spec("torchvision")
     folder = Path(spec.origin).parent if spec and spec.origin else Path()
-    for library in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
+    for library in folder.glob("_C*.so"):
         try:
             torch.ops.load_library(library)
         except (OSError, RuntimeError):
@@ -33,7 +32,7 @@ def _operators_load() -> bool:
 
 
 def import_torchvision() -> None:
-    """Make ``import torchvision`` work; does nothing where it already does. Idempotent."""
+    """Make ``import torchvision`` work; does nothing where it works already. May be called again."""
     if _keep or _operators_load():
         return
     library = torch.library.Library("torchvision", "FRAGMENT")

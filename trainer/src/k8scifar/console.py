@@ -1,4 +1,4 @@
-"""Lines for people and log collectors."""
+"""Log lines."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import sys
 
 
 def say(text: str) -> None:
-    """A line on stderr, at once."""
+    """Print a line on stderr and flush it."""
     print(text, file=sys.stderr, flush=True)

@@ -1,9 +1,10 @@
-"""Files on storage that may be slow, full or gone for a while, and are never seen half written."""
+"""Read and write files on storage that may be slow, full or away for a while; no reader sees half a file."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import tempfile
 import time
@@ -11,23 +12,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 T = TypeVar("T")
 
-# What network storage answers while a server restarts, a handle has grown stale or a soft mount has timed out.
+# Errors of network storage while a server restarts, a handle is stale or a soft mount has timed out.
 TRANSIENT = frozenset({errno.ESTALE, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN})
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds between tries
 
 
 def patiently(action: Callable[[], T]) -> T:
-    """What `action` returns; tried again, after PAUSES, while it fails as network storage does for a while.
+    """Return the result of `action`; after a TRANSIENT error retry, with PAUSES between.
 
-    Raises the last OSError; one that is not TRANSIENT at once.
+    Raises the last OSError, and any other error at once.
     """
     for pause in PAUSES:
         try:
@@ -40,12 +36,12 @@ def patiently(action: Callable[[], T]) -> T:
 
 
 def read(path: Path) -> bytes:
-    """The content of a file, read patiently. Raises OSError."""
+    """Return the content of a file; retries. Raises OSError."""
     return patiently(path.read_bytes)
 
 
 def names(folder: Path) -> list[str]:
-    """Names in a folder, read patiently; none where there is no such folder. Raises OSError."""
+    """Return the names in a folder, none where the folder is missing; retries. Raises OSError."""
     try:
         return patiently(lambda: os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -53,10 +49,10 @@ def names(folder: Path) -> list[str]:
 
 
 def write_atomically(path: Path, content: bytes | memoryview, before: Callable[[], None] = lambda: None) -> None:
-    """Write `content` to a temporary name in the same folder, fsync, rename over `path`, fsync the folder; patiently.
+    """Write `content` to a temporary file in the same folder, fsync, rename it to `path`, fsync the folder; retries.
 
-    A reader, or a crash, meets the old content or the new and never a part. Raises OSError, and what `before`, which is
-    called just before the rename, raises; then `path` is as it was and nothing temporary is left.
+    A reader, also after a crash, sees the old content or the new. `before` is called just before the rename. Raises
+    OSError, and what `before` raises; `path` is then unchanged and no temporary file is left.
     """
     patiently(lambda: _write(path, content, before))
 
@@ -79,7 +75,7 @@ def _write(path: Path, content: bytes | memoryview, before: Callable[[], None]) 
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, under names that survive a power cut. Raises OSError."""
+    """Make a folder and its missing parents, fsynced so that they survive a power cut. Raises OSError."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -87,14 +83,14 @@ def make_folder(path: Path) -> None:
 
 
 def unwritten(what: Path | str, error: Exception) -> str:
-    """What to say of a file that could not be written."""
+    """Return the error text for a file that could not be written."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     advice = "free space" if getattr(error, "errno", None) in FULL else "look at its volume"
     return f"{what} could not be written ({reason}); {advice}"
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what a killed process left of its writes in `folder`; only for the one who alone writes there."""
+    """Remove temporary files of killed processes; only for the one process that writes in `folder`."""
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
             if name.startswith(".") and name.endswith(".tmp"):
@@ -103,7 +99,7 @@ def remove_temporary(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that a rename in it survives a power cut; ignored where folders can't be synced."""
+    """fsync a folder, so that a rename in it survives a power cut; an error is ignored."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -116,13 +112,12 @@ def sync_folder(folder: Path) -> None:
 def locked(path: Path) -> Iterator[bool]:
     """Hold an advisory lock on `path` (created if missing), across hosts where the file system supports it.
 
-    Yields whether it is held: some NFS mounts have no locks, and the caller must be right without one. The kernel
-    lets go of it when the process dies.
+    Yields whether it is held: some NFS mounts have no locks, and the caller must be correct without one. The kernel
+    releases it when the process dies.
     """
     with open(path, "a+b") as file:
         held = False
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-                held = True
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held = True
         yield held

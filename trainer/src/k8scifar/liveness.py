@@ -1,4 +1,4 @@
-"""The heartbeat: a file whose age the orchestrator's liveness probe reads."""
+"""The heartbeat: a file whose age the kubelet's liveness probe reads."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from pathlib import Path
 
 
 def touch() -> None:
-    """Tell the orchestrator's liveness probe that training moves: touch the file K8SCIFAR_HEARTBEAT names, if any."""
+    """Touch the heartbeat file, if the environment variable K8SCIFAR_HEARTBEAT is set."""
     if path := os.environ.get("K8SCIFAR_HEARTBEAT"):
         with contextlib.suppress(OSError):  # a full disk must not end the training
             Path(path).touch()
 
 
 class Heartbeat:
-    """The file whose age a liveness probe reads; the ranks renew it at every step, the supervisor while none trains."""
+    """The supervisor's side: it touches the file while no rank trains; a rank touches it at every step."""
 
     def __init__(self, path: str | None) -> None:
         self.path = Path(path) if path else None
-        self._mine = 0
+        self._touched_at = 0
 
     def touch(self) -> None:
-        """Renew it; a full disk must not end the training."""
+        """Touch the file; a full disk must not end the training."""
         if self.path:
             with contextlib.suppress(OSError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.touch()
-                self._mine = self.path.stat().st_mtime_ns
+                self._touched_at = self.path.stat().st_mtime_ns
 
     def touch_unless_others(self) -> None:
-        """Renew it until a rank does so for the first time: from then on its age is the ranks' alone."""
+        """Touch the file unless a rank has touched it: from then on only ranks do, so that a stuck rank is detected."""
         if self.path:
             with contextlib.suppress(OSError):
-                if self.path.stat().st_mtime_ns == self._mine:
+                if self.path.stat().st_mtime_ns == self._touched_at:
                     self.touch()

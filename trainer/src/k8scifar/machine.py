@@ -1,4 +1,4 @@
-"""What this machine offers a process: cores, GPUs, network interfaces."""
+"""Cores, GPUs, CPU features and network interfaces that this process may use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from k8scifar.errors import UserError
 
-# Prints how many GPUs the driver at argv[1] offers; nothing where there is no driver, 0 where it can't be used.
+# Prints the number of GPUs of the driver at argv[1]; 0 where it fails, nothing where there is none.
 ASK_DRIVER = """
 import ctypes, sys
 driver, count = ctypes.CDLL(sys.argv[1]), ctypes.c_int(0)
@@ -24,7 +24,7 @@ print(count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.by
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores this process may use: its affinity, cut to the container's CPU limit (cgroup v2 cpu.max, or v1)."""
+    """Return the cores of this process's affinity, at most the container's CPU limit (cgroup v2 cpu.max, or v1)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
@@ -40,28 +40,28 @@ def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def interfaces(folder: Path = Path("/sys/class/net")) -> list[str]:
-    """Names of this machine's network interfaces; empty where the system does not tell."""
+    """Return the names of this machine's network interfaces; empty where they can't be listed."""
     try:
         return sorted(entry.name for entry in folder.iterdir())
     except OSError:
         return []
 
 
-def check_interface(name: str, said_by: str, there: list[str] | None = None) -> None:
-    """Raise UserError where a network interface is not there; `said_by` is what names it. Several: by commas."""
+def check_interface(name: str, setting: str, there: list[str] | None = None) -> None:
+    """Raise UserError where a network interface of a comma-separated list is not there; `setting` holds the list."""
     there = interfaces() if there is None else there
     missing = [part for part in name.split(",") if part and part not in there]
     if missing and there:
         raise UserError(
-            f"{said_by} names {', '.join(missing)}, which this machine does not have ({', '.join(there)}); "
-            "name one of these, or leave it empty to have it chosen"
+            f"{setting} is {', '.join(missing)}, which this machine does not have ({', '.join(there)}); "
+            "set it to one of these, or leave it empty to choose automatically"
         )
 
 
 def cpu_features(info: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """What the processors can do, in Linux's words (x86: `flags`, ARM: `Features`); empty where there is no Linux.
+    """Return the processors' features as Linux lists them (x86: `flags`, ARM: `Features`); empty on other systems.
 
-    Without the bf16 instructions that ONEDNN_MAX_CPU_ISA, oneDNN's own variable, keeps torch from using.
+    Leaves out bf16 instructions that the environment variable ONEDNN_MAX_CPU_ISA forbids to oneDNN.
     """
     with contextlib.suppress(OSError):
         found = re.findall(r"^(?:flags|Features)\s*:(.*)$", info.read_text(), re.MULTILINE)
@@ -71,7 +71,7 @@ def cpu_features(info: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def _barred(most: str) -> set[str]:
-    """The bf16 instructions of x86 beyond `most`, a value of ONEDNN_MAX_CPU_ISA."""
+    """Return the bf16 instructions of x86 beyond `most`, a value of ONEDNN_MAX_CPU_ISA."""
     most = most.upper()
     if "AMX" in most or most in ("", "ALL", "DEFAULT"):
         return set()
@@ -80,12 +80,12 @@ def _barred(most: str) -> set[str]:
 
 
 def has_bf16(features: frozenset[str]) -> bool:
-    """Whether processors multiply bf16 in hardware."""
+    """Return whether processors multiply bf16 in hardware."""
     return not features.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})  # the last is ARM's
 
 
 def fast_bf16(info: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether processors multiply bf16 several times as fast as float32: Intel's by AMX alone, AMD's by AVX512."""
+    """Return whether processors multiply bf16 several times faster than float32: Intel with AMX, AMD with AVX512."""
     features = cpu_features(info)
     with contextlib.suppress(OSError):
         amd = re.search(r"^vendor_id\s*:\s*AuthenticAMD$", info.read_text(), re.MULTILINE)
@@ -94,7 +94,7 @@ def fast_bf16(info: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def usable_gpus(environment: Mapping[str, str]) -> int:
-    """GPUs that this process's torch can use: none where it is a CPU build."""
+    """Return the number of GPUs that this process's torch can use; 0 for a CPU build."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         if metadata.version("torch").endswith("+cpu"):
             return 0
@@ -102,10 +102,10 @@ def usable_gpus(environment: Mapping[str, str]) -> int:
 
 
 def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev"), driver: str = "libcuda.so.1") -> int:
-    """NVIDIA GPUs this process may use, without torch: what the driver says, else what there are files for.
+    """Return the number of NVIDIA GPUs that this process may use, from the driver or else from device files.
 
-    Asked in a process of its own, for the driver keeps files and threads open. WSL2 has no file for each GPU, only
-    /dev/dxg.
+    The driver is loaded in a child process, because it keeps files and threads open. WSL2 has /dev/dxg instead of one
+    file for each GPU.
     """
     names = [entry.name for entry in devices.glob("*")]
     found = sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in names)
@@ -119,10 +119,10 @@ def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev"), d
 
 
 def chosen_gpus(chosen: str, there: int) -> int:
-    """How many GPUs CUDA_VISIBLE_DEVICES leaves of those there are: CUDA stops at the first that it can't read.
+    """Return how many of `there` GPUs CUDA_VISIBLE_DEVICES leaves; CUDA stops at the first entry that is wrong.
 
     Args:
-        chosen: numbers, or unique ids (GPU-..., MIG-...; of MIG a process gets one).
+        chosen: numbers, or unique ids (GPU-..., MIG-...; a process gets one MIG device).
     """
     names = [name.strip() for name in chosen.split(",")]
     if names[0].startswith("MIG-"):

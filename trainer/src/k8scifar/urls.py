@@ -1,4 +1,4 @@
-"""Addresses and paths as people write them, and what of an address may be shown."""
+"""Parse addresses and paths, and hide the secrets of an address."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ SECRET = re.compile(r"sig|token|key|secret|pass|cred|auth|expire|policy|^x-(amz|
 
 
 def is_address(text: str) -> bool:
-    """Whether `text` is an address rather than a path."""
+    """Return whether `text` is an address and not a path."""
     return re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE) is not None
 
 
 def local(text: str | Path) -> Path:
-    """A path as a person writes it, ~ being the home folder also where no shell has seen it."""
+    """Return a path in which a leading ~ is the home folder, also where no shell has expanded it."""
     return Path(os.path.expanduser(text))
 
 
 def public(address: str) -> str:
-    """`address` without user, password, signatures and tokens, as logs and the manifest may show it.
+    """Return `address` without user, password, signatures and tokens, for logs and the manifest.
 
-    What else its query holds is kept as a short digest: it may be what tells two archives apart.
+    The rest of its query becomes a short digest, because two archives may differ in it alone.
     """
     try:
         parts = urlsplit(_without_user(address))
-    except ValueError:  # brackets that hold no IPv6 address
+    except ValueError:  # brackets without an IPv6 address in them
         return f"{address.partition('://')[0]}://..."
     rest = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not SECRET.search(pair[0])]
     query = hashlib.sha256(repr(rest).encode()).hexdigest()[:8] if rest else ""
@@ -36,13 +36,14 @@ def public(address: str) -> str:
 
 
 def _without_user(address: str) -> str:
-    """`address` without user and password, also where a password holds / ? or # as they are.
+    """Return `address` without user and password, also where a password holds an unescaped /, ? or #.
 
-    After a colon that begins no port all up to the last @ is taken for the password: rather too much than too little.
+    After a colon that begins no port, all up to the last @ counts as the password. That may hide too much, never too
+    little.
     """
     scheme, _, rest = address.partition("://")
     host = re.split("[/?#]", rest, maxsplit=1)[0]
-    where = host  # what may hold them
+    where = host  # the part that may hold user and password
     if ":" in host.partition("@")[0]:
         where = rest.partition("?")[0] if "@" in host or re.search(r":\d*$", host) else rest
     _, at, after = where.rpartition("@")

@@ -1,4 +1,4 @@
-"""What decides a result beside the configuration: versions, and a digest of this package's own code."""
+"""Versions of what computes a result, and a digest of this package's code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import k8scifar
 
 @functools.cache
 def code() -> str:
-    """sha256 (first 16 hex digits) of the package's source files: equal versions may still be different code."""
+    """Return the first 16 hex digits of the source files' sha256: equal versions may differ in code."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent
     for path in sorted(folder.rglob("*.py")):
@@ -23,6 +23,6 @@ def code() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Name -> version of all that computes."""
+    """Return the version of each thing that affects a result."""
     found = {"k8scifar": k8scifar.__version__, "code": code(), "torch": torch.__version__}
     return found | {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}

@@ -35,13 +35,13 @@ def options() -> tuple[str, ...]:
 
 
 def outside(pod: Pod) -> int:
-    """How often this pod was told that the others went on without it."""
-    return len(re.findall(r"its turn: training went on with node 0, which takes back .* s$", pod.text(), re.MULTILINE))
+    """How often this pod had to wait while node 0 trained without it."""
+    return len(re.findall(r"waiting for node 0 to take this node back, after .* s$", pod.text(), re.MULTILINE))
 
 
 def goes_on_alone(group: Group) -> list[int]:
     """Wait until node 0 trains alone, and freeze its rank: whatever comes now finds it training; returns it."""
-    alone = "training goes on from the newest checkpoint with node 0"
+    alone = "resuming on node 0 alone from the last checkpoint"
     group.until(lambda: alone in group.pods[0].text(), 150, "node 0 alone")
     decided = time.monotonic()
     group.until(lambda: any(at > decided for at, _ in group.resumed[-1:]), 150, "a resume")

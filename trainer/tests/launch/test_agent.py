@@ -1,7 +1,6 @@
-"""What torchrun's report of failed ranks comes to."""
+"""The exit code and the reason that follow from torchrun's report of failed ranks."""
 
 import signal
-from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +9,7 @@ from k8scifar.launch import agent
 
 
 @pytest.mark.parametrize(
-    ("codes", "expected", "told"),
+    ("codes", "expected", "reason"),
     [
         ([-signal.SIGTERM, USER_MISTAKE], USER_MISTAKE, ""),  # torchrun stops the rest
         ([-signal.SIGTERM, FAILED], FAILED, ""),
@@ -22,8 +21,6 @@ from k8scifar.launch import agent
         ([PEER_LOST, PREEMPTED], FAILED, ""),
     ],
 )
-def test_what_a_rank_did_by_itself_counts(codes, expected, told, capsys):
-    failures = {rank: SimpleNamespace(exitcode=int(code)) for rank, code in enumerate(codes)}
-    assert agent._code(SimpleNamespace(failures=failures)) == expected
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == bool(told) and all(told in line for line in lines)
+def test_a_rank_that_failed_first_decides(codes, expected, reason):
+    code, found = agent.verdict(dict(enumerate(map(int, codes))))
+    assert code == expected and found.startswith(reason) and bool(found) == bool(reason)

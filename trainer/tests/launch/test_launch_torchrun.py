@@ -16,6 +16,15 @@ PYTHON = sys.executable
 STUBS = HELPERS / "stubs"
 
 
+WATCHER = """
+import sys, time
+from k8scifar.launch import rendezvous, reports
+report = reports.Writer("agent.json", reports.AgentReport())
+rendezvous.watch("127.0.0.1", int(sys.argv[1]), "JOB", report)
+time.sleep(60)
+"""
+
+
 def free() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -63,10 +72,10 @@ def train(arguments):
 def test_torchrun_adds_no_noise_to_a_users_mistake(tmp_path):
     stub = """
 def train(arguments):
-    import os, sys
+    import os
+    from k8scifar.errors import UserError
     if os.environ["RANK"] == "0":
-        print("k8scifar: error: there is no data", file=sys.stderr)
-        open(os.environ["K8SCIFAR_REASON_FILE"], "w").write("there is no data")
+        raise UserError("there is no data")
     return 2
 """
     log = tmp_path / "log"
@@ -91,55 +100,35 @@ def train(arguments):
     assert time.monotonic() - begun < 60
 
 
-def test_a_node_that_comes_again_is_noticed_by_all():
+def test_a_node_that_restarts_ends_all_agents():
     from torch.distributed import TCPStore
 
-    from k8scifar.launch.elastic import meeting
+    from k8scifar.launch import rendezvous
 
     port = free()
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    assert meeting.knock("127.0.0.1", port, 1, "JOB", 10.0) is not None
-    watcher = subprocess.Popen(
-        [
-            PYTHON,
-            "-c",
-            f"import time;from k8scifar.launch import meeting;meeting.watch('127.0.0.1', {port}, 'JOB');time.sleep(60)",
-        ]
-    )
+    assert rendezvous.visit("127.0.0.1", port, 1, "JOB", 10.0) is not None
+    watcher = subprocess.Popen([PYTHON, "-c", WATCHER, str(port)])
     try:
-        assert meeting.knock("127.0.0.1", port, 2, "JOB", 10.0) is not None
+        assert rendezvous.visit("127.0.0.1", port, 2, "JOB", 10.0) is not None
         time.sleep(1.0)
         assert watcher.poll() is None
 
         def come_again():
             with pytest.raises(TimeoutError):
-                meeting.knock("127.0.0.1", port, 1, "JOB", 6.0)
+                rendezvous.visit("127.0.0.1", port, 1, "JOB", 6.0)
 
         again = threading.Thread(target=come_again)
         again.start()
         assert watcher.wait(40) == 1
         again.join(20)
-        assert store.get(meeting.AGAIN) == b"node 1 has started anew"
+        assert store.get(rendezvous.AGAIN) == b"node 1 has restarted"
     finally:
         watcher.kill()
 
 
-def test_a_node_started_for_another_job_is_told():
-    from torch.distributed import TCPStore
-
-    from k8scifar.errors import PeersDiffer
-    from k8scifar.launch.elastic import meeting
-
-    port = free()
-    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    store.set(meeting.JOB, "--nnodes=2 --nproc-per-node=1")
-    with pytest.raises(PeersDiffer, match=r"node 0 was started with --nnodes=2 .*, node 1 with --nnodes=3"):
-        meeting.knock("127.0.0.1", port, 1, "--nnodes=3 --nproc-per-node=1", 10.0)
-    assert b"give all nodes the same" in store.get(meeting.AGAIN)
-
-
-def test_a_node_that_is_alone_says_so():
-    from k8scifar.launch.elastic import meeting
+def test_a_node_that_is_alone_times_out():
+    from k8scifar.launch import rendezvous
 
     with pytest.raises(TimeoutError, match="node 0 did not answer"):
-        meeting.knock("127.0.0.1", free(), 1, "JOB", 1.0)
+        rendezvous.visit("127.0.0.1", free(), 1, "JOB", 1.0)

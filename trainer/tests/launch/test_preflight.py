@@ -1,4 +1,4 @@
-"""The checks before training, and what `k8scifar status` reads from a run folder."""
+"""The checks before training, and the output of `k8scifar status`."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def check(tmp_path, *arguments, **environment):
     return done.returncode, told, done.stderr
 
 
-def test_a_good_machine_passes_and_the_folders_are_made(tmp_path):
+def test_a_good_machine_passes_and_its_folders_are_made(tmp_path):
     code, _, said = check(tmp_path)
     assert code == 0, said
     assert (tmp_path / "volume/data").is_dir() and (tmp_path / "volume/runs").is_dir()
@@ -41,36 +41,60 @@ def test_a_good_machine_passes_and_the_folders_are_made(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--interface=eth77"], 12, "there is no network interface eth77"),
+        (["--interface=eth77"], 12, "train.distributed.interface is eth77, which this machine does not have"),
         (["--min-free=999999999"], 16, "lower preflight.freeMiB"),
         (["--data-dir=/proc/nowhere"], 14, "/proc/nowhere of the dataset volume"),
         (["--runs-dir=/proc/nowhere"], 15, "/proc/nowhere of the checkpoints volume"),
     ],
 )
-def test_each_failure_has_its_own_code_and_says_what_to_do(tmp_path, arguments, code, words):
+def test_each_failure_has_its_exit_code_and_advice(tmp_path, arguments, code, words):
     found, told, _ = check(tmp_path, *arguments)
     assert (found, words in told) == (code, True), told
 
 
-def test_a_full_volume_is_found(tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", small], capture_output=True).returncode:
-        pytest.skip("a small file system can't be mounted here")
-    try:
-        (small / "filler").write_bytes(b"x" * 65_536)
-        code, told, _ = check(tmp_path, f"--runs-dir={small}/runs")
-        assert (code, "is full" in told) == (16, True), told
-    finally:
-        subprocess.run(["umount", small], check=True)
+@pytest.fixture
+def volume(tmp_path):
+    """``volume(options)`` mounts a small file system."""
+    at = tmp_path / "mounted"
+    at.mkdir()
+    mounted = []
+
+    def mount(options: str) -> Path:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", at], capture_output=True).returncode:
+            pytest.skip("a file system can't be mounted here")
+        mounted.append(at)
+        return at
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", path], check=True)
 
 
-def test_a_folder_of_another_user_is_found_and_its_owner_told():
+def test_a_full_volume_is_found(volume, tmp_path):
+    small = volume("size=64k")
+    (small / "filler").write_bytes(b"x" * 65_536)
+    code, told, _ = check(tmp_path, f"--runs-dir={small}/runs")
+    assert (code, "is full" in told) == (16, True), told
+
+
+def test_a_read_only_volume_is_found(volume, tmp_path):
+    code, told, _ = check(tmp_path, f"--data-dir={volume('ro')}/data")
+    assert (code, "mounted read-only" in told) == (14, True), told
+
+
+def test_too_little_shared_memory_is_found(volume):
+    with pytest.raises(preflight.Problem, match="sharedMemorySize") as problem:
+        preflight.check_shm(volume("size=1m"))
+    assert problem.value.code == 13
+    preflight.check_shm(Path("/dev/shm"))
+
+
+def test_a_folder_of_another_user_is_found_with_its_owner():
     if os.geteuid() != 0:
         pytest.skip("changes its user id")
     folder = Path(tempfile.mkdtemp())
     try:
-        folder.chmod(0o755)  # as a root-squashed export that nobody has given to the pods' user
+        folder.chmod(0o755)  # as an NFS export with root_squash
         script = (
             "import locale, os, sys; from k8scifar import cli; from k8scifar.launch import preflight;"
             "os.setgid(1000); os.setuid(1000);"
@@ -82,30 +106,6 @@ def test_a_folder_of_another_user_is_found_and_its_owner_told():
     assert done.returncode == 14, done.stderr
     assert f"user 1000:1000 can't write in {folder} of the dataset volume, owned by 0:0, mode 755" in done.stderr
     assert "chown 1000:1000" in done.stderr and "user.uid" in done.stderr
-
-
-def test_a_read_only_volume_is_found(tmp_path):
-    fixed = tmp_path / "fixed"
-    fixed.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", fixed], capture_output=True).returncode:
-        pytest.skip("a read-only file system can't be mounted here")
-    try:
-        code, told, _ = check(tmp_path, f"--data-dir={fixed}/data")
-        assert (code, "mounted read-only" in told) == (14, True), told
-    finally:
-        subprocess.run(["umount", fixed], check=True)
-
-
-def test_tiny_shared_memory_is_found(tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], capture_output=True).returncode:
-        pytest.skip("a small file system can't be mounted here")
-    try:
-        with pytest.raises(preflight.Problem, match="sharedMemorySize") as problem:
-            preflight.check_shm(tmp_path)
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
-    assert problem.value.code == 13
-    preflight.check_shm(Path("/dev/shm"))
 
 
 def test_another_cluster_domain_is_guessed(tmp_path):
@@ -148,14 +148,24 @@ def test_status_of_a_training_that_moves_and_of_one_that_does_not(tmp_path):
     code, said = status(run, "--wait=1")
     assert code == 1
     assert said == "a: training, 3 epoch(s) finished, test accuracy 50.00%; nothing was written in 1 s\n"
-    threading.Timer(2.0, (run / "events.out").write_text, ("x",)).start()
-    begun = time.monotonic()
-    code, said = status(run, "--wait=60")
+    stop = threading.Event()
+
+    def keep_writing() -> None:  # a loaded machine may take long to start the command
+        while not stop.wait(1.0):
+            (run / "events.out").write_text(str(time.time_ns()))
+
+    writer, begun = threading.Thread(target=keep_writing), time.monotonic()
+    writer.start()
+    try:
+        code, said = status(run, "--wait=60")
+    finally:
+        stop.set()
+        writer.join()
     assert (code, said) == (0, "a: training, 3 epoch(s) finished, test accuracy 50.00%\n")
     assert time.monotonic() - begun < 30
 
 
-def test_status_of_a_run_that_is_another_release_s(tmp_path, monkeypatch):
+def test_status_of_another_releases_run(tmp_path, monkeypatch):
     run = tmp_path / "runs/a"
     run.mkdir(parents=True)
     (run / "owner.json").write_text('{"release": "lab/a"}')

@@ -1,4 +1,4 @@
-"""Processes on machines without /proc and prctl (macOS), and the answer on Windows."""
+"""Processes on machines without /proc and prctl (macOS), and the refusal on Windows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from k8scifar import cli
 from k8scifar.launch import processes
 
-# A parent that starts a child which should end with it; the child writes its id.
+# A parent whose child writes its process id and has to end with the parent.
 PARENT = """
 import subprocess, sys, time
 child = '''
@@ -44,7 +44,7 @@ def _ends(pid: int, seconds: float) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-def test_rank_ends_with_a_killed_launcher_where_the_kernel_does_not_see_to_it(tmp_path):
+def test_a_rank_ends_with_a_killed_launcher_without_prctl(tmp_path):
     note = tmp_path / "pid"
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(note)])
     end = time.monotonic() + 60
@@ -76,7 +76,7 @@ def test_descendants_are_found_without_proc(tmp_path, monkeypatch):
     assert processes.descendants(os.getpid()) == []
 
 
-def test_windows_is_answered_with_wsl2(monkeypatch, capsys):
+def test_windows_is_refused_with_a_pointer_to_wsl2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "win32")
     assert cli.main(["train"]) == 2
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The roll call at a real store: who answers takes part, who comes later waits, of two with one number one does."""
+"""The roll call and the waiting room, at a real store."""
 
 from __future__ import annotations
 
@@ -10,46 +10,50 @@ import pytest
 from patience import patient
 
 from k8scifar.errors import PeersDiffer
-from k8scifar.launch import sockets
-from k8scifar.launch.elastic import meeting, rollcall
-from k8scifar.launch.elastic.attendance import Orders
-from k8scifar.launch.scratch import Scratch
+from k8scifar.launch import rendezvous, sockets
+from k8scifar.launch.elastic import rollcall, waiting_room
+from k8scifar.launch.elastic.membership import Policy
+from k8scifar.launch.node import MIN_NODES
+from k8scifar.launch.reports import FOLDER, AgentReport, Writer
 from k8scifar.ranks.store import connect
 
 HERE = "127.0.0.1"
-ORDERS = Orders(allowed=[1, 2], expected=[0, 1], pauses=[0.5, 0.5], missed=0.0, wait=1e9, met=True)
+POLICY = Policy(allowed=[1, 2], expected=[0, 1], pauses=[0.5, 0.5], missed=0.0, wait=1e9, met=True)
 
 
-class Left(Exception):
+class Ended(Exception):
     """An agent has ended."""
 
 
-@pytest.fixture
-def calls(tmp_path, monkeypatch):
-    """``calls(function, ...)`` runs one node's part in a thread, with a scratch folder: (what came of it, scratch)."""
+class Node:
+    """One node's part in a thread, with its report and what it returned or raised."""
 
-    def leave(reason: str) -> None:
-        raise Left(reason)
+    def __init__(self, function, *arguments) -> None:
+        self.report, self.outcome = Writer("agent.json", AgentReport(), {}), None
+        threading.Thread(target=self._run, args=(function, *arguments), daemon=True).start()
 
-    monkeypatch.setattr(meeting, "leave", leave)
+    def _run(self, function, *arguments) -> None:
+        try:
+            self.outcome = function(*arguments, self.report)
+        except Exception as error:
+            self.outcome = error
+
+
+def node_0(port: int, job: str = "job", policy: Policy = POLICY, seconds: float = 60.0) -> Node:
+    return Node(lambda report: rollcall.call(HERE, port, job, policy, report, lambda: False, seconds))
+
+
+def node_1(port: int, job: str = "job") -> Node:
+    return Node(lambda report: waiting_room.join(HERE, port, 1, job, report, 60.0))
+
+
+@pytest.fixture(autouse=True)
+def agents_end_by_exception(monkeypatch):
+    def end(_, reason: str) -> None:
+        raise Ended(reason)
+
+    monkeypatch.setattr(rendezvous, "end_agent", end)
     monkeypatch.setattr(rollcall, "SILENT", 1.0)
-    found: list = []
-
-    def call(function, *arguments):
-        (tmp_path / str(len(found))).mkdir()
-        scratch, outcome = Scratch(tmp_path / str(len(found)), 1), []
-        found.append(outcome)
-
-        def run() -> None:
-            try:
-                outcome.append(function(*arguments, scratch, 60.0))
-            except Exception as error:
-                outcome.append(error)
-
-        threading.Thread(target=run, daemon=True).start()
-        return outcome, scratch
-
-    return call
 
 
 def until(condition) -> None:
@@ -59,68 +63,70 @@ def until(condition) -> None:
         time.sleep(0.02)
 
 
-def test_who_answers_takes_part_and_a_second_of_the_same_number_only_once_the_first_is_silent(calls):
+def test_a_second_node_of_one_number_takes_part_only_once_the_first_is_silent():
     port = sockets.free_port()
-    zero, _ = calls(rollcall.call, HERE, port, "job", ORDERS)
-    one, _ = calls(rollcall.answer, HERE, port, 1, "job")
-    until(lambda: zero and one)
-    assert zero[0].nodes == one[0].nodes == [0, 1] and zero[0].attempt == one[0].attempt
-    client, double = connect(HERE, port), calls(rollcall.answer, HERE, port, 1, "job")
+    zero, one = node_0(port), node_1(port)
+    until(lambda: zero.outcome and one.outcome)
+    assert zero.outcome.nodes == one.outcome.nodes == [0, 1] and zero.outcome.attempt == one.outcome.attempt
+    client, double = connect(HERE, port), node_1(port)
     for _ in range(40):  # twice as long as a silence
-        one[0].look(client)
-        zero[0].look(client)
+        one.outcome.each_time(client)
+        zero.outcome.each_time(client)
         time.sleep(0.05)
-    assert not client.check([meeting.AGAIN]) and not double[0]
-    assert double[1].waits_for == "the end of another process that takes part as node 1"
-    until(lambda: zero[0].look(client) or client.check([meeting.AGAIN]))
-    until(lambda: double[0])
-    assert str(double[0][0]) == "node 1 has started anew"
+    assert not client.check([rendezvous.AGAIN]) and not double.outcome
+    assert double.report.report.waits_for == "the end of another process that takes part as node 1"
+    until(lambda: zero.outcome.each_time(client) or client.check([rendezvous.AGAIN]))
+    until(lambda: double.outcome)
+    assert str(double.outcome) == "node 1 has restarted"
 
 
-def test_who_was_left_out_waits_and_is_welcome_after_its_pause(calls):
+def test_a_node_that_was_left_out_waits_and_is_taken_back_after_its_pause():
     port = sockets.free_port()
-    zero, desk = calls(rollcall.call, HERE, port, "job", replace(ORDERS, wait=0.0))
-    until(lambda: zero)
-    assert zero[0].nodes == [0] and desk.called["gone"] == [1]
-    late, scratch = calls(rollcall.answer, HERE, port, 1, "job")
-    client = connect(HERE, port)
-    until(lambda: zero[0].look(client) or desk.welcome)
-    assert desk.welcome == [1] and not late
-    assert scratch.waits_for.startswith("its turn: training went on with node 0")
+    zero = node_0(port, policy=replace(POLICY, wait=0.0))
+    until(lambda: zero.outcome)
+    assert zero.outcome.nodes == [0] and zero.report.report.away == [1]
+    late, client = node_1(port), connect(HERE, port)
+    until(lambda: zero.outcome.each_time(client) or zero.report.report.returning)
+    assert zero.report.report.returning == [1] and not late.outcome
+    assert late.report.report.waits_for == "node 0 to take this node back, after it has waited for 0 s"
 
 
-def test_nodes_that_were_started_otherwise_are_told(calls):
+def test_nodes_that_were_started_with_other_options_are_refused():
     port = sockets.free_port()
-    calls(rollcall.call, HERE, port, "--min-nodes=1", ORDERS)
-    one, _ = calls(rollcall.answer, HERE, port, 1, "--min-nodes=2")
-    until(lambda: one)
-    assert isinstance(one[0], PeersDiffer) and "--min-nodes=1" in str(one[0])
+    node_0(port, "--min-nodes=1")
+    one = node_1(port, "--min-nodes=2")
+    until(lambda: one.outcome)
+    assert isinstance(one.outcome, PeersDiffer) and "--min-nodes=1" in str(one.outcome)
 
 
-def test_who_does_not_come_is_named(calls, monkeypatch):
-    monkeypatch.setattr(rollcall, "EVERY", 0.01)
-    zero, scratch = calls(lambda scratch, _: rollcall.call(HERE, sockets.free_port(), "job", ORDERS, scratch, 0.2))
-    until(lambda: zero)
-    assert "node 1 did not come within 0 s" in str(zero[0])
-    assert scratch.waits_for.startswith("node 1, gone for")
+def test_a_node_that_does_not_come_is_in_the_error(monkeypatch):
+    monkeypatch.setattr(rollcall, "INTERVAL", 0.01)
+    zero = node_0(sockets.free_port(), seconds=0.2)
+    until(lambda: zero.outcome)
+    assert "node 1 did not come within 0 s" in str(zero.outcome)
+    assert zero.report.report.waits_for.startswith("node 1, away for")
 
 
-def test_torchrun_is_started_with_those_who_take_part(tmp_path, monkeypatch):
+def test_torchrun_is_started_with_the_nodes_that_take_part(tmp_path, monkeypatch):
     from torch.distributed import run as torchrun
 
     from k8scifar.launch import agent
     from k8scifar.results import participants
 
-    for name, value in {meeting.MIN_NODES: "1", "K8SCIFAR_SCRATCH": str(tmp_path), participants.NODES: ""}.items():
+    for name, value in {
+        MIN_NODES: "1",
+        FOLDER: str(tmp_path),
+        participants.NODES: "",
+        participants.ATTEMPT: "",
+    }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv(participants.ATTEMPT, "")
-    monkeypatch.setattr(meeting, "watch", lambda *_: None)
+    monkeypatch.setattr(rendezvous, "watch", lambda *_: None)
     command = (
         "--nnodes=3 --nproc-per-node=2 --node-rank=2 --master-addr=a --master-port=1 --rdzv-conf=timeout=5 -m x train"
     )
     for nodes, count, rank, sets in (([0, 2], "2", 1, ["--set=distributed.world_size=4"]), ([0, 1, 2], "3", 2, [])):
-        party = rollcall.Party("attempt", nodes, None, print)
-        monkeypatch.setattr(rollcall, "answer", lambda *_, party=party: party)
+        group = waiting_room.Group("attempt", nodes, None, print)
+        monkeypatch.setattr(waiting_room, "join", lambda *_, group=group: group)
         parsed = torchrun.parse_args(command.split())
-        assert agent._call_the_roll(parsed) is None
+        assert agent.meet_elastic(parsed, Writer("agent.json", AgentReport())) is None
         assert (parsed.nnodes, parsed.node_rank, parsed.training_script_args) == (count, rank, ["train", *sets])

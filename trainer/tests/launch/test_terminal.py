@@ -1,4 +1,4 @@
-"""On a terminal there is a progress bar, and Ctrl-C is answered as SIGTERM is."""
+"""A terminal shows a progress bar, and Ctrl-C acts like SIGTERM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from k8scifar.training import checkpoint
 
 @pytest.fixture
 def terminal(tiny_config, tiny_data, tmp_path):
-    """A training by `launch` whose stderr is a terminal: (process, function that reads on until it sees a pattern)."""
+    """A training by `launch` whose stderr is a terminal: (process, function that reads until a pattern appears)."""
     outer, inner = pty.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # rows and columns
     paths = ("--config", str(tiny_config), "--data-dir", str(tiny_data), "--runs-dir", str(tmp_path), "--name", "run")
@@ -47,7 +47,7 @@ def test_progress_bar_and_ctrl_c(terminal, tmp_path):
     said = read_until(shown)
     assert re.search(shown, said), said
     assert "img/s" in said
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal sends to the foreground group
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it to the foreground group
     said = read_until("the same command resumes")
     assert "stopped by SIGTERM" in said
     assert process.wait(timeout=60) == 3

@@ -1,4 +1,4 @@
-"""A node that is done, and shares no folder with the others, notices one that is not; two that are done rest."""
+"""A node that is done, and shares no folder with the others, detects one that is not."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from patience import patient
 from k8scifar.config import loading
 from k8scifar.launch import sockets
 from k8scifar.launch.node import NodeSpec
-from k8scifar.launch.unfinished_nodes import Door
+from k8scifar.launch.unfinished_nodes import UnfinishedNodes
 
-ASKS = "import sys; from k8scifar.launch import meeting; meeting.knock('127.0.0.1', int(sys.argv[1]), 1, 'job', 60.0)"
-OPENS = """
+VISITS = """
+import sys
+from k8scifar.launch import rendezvous
+rendezvous.visit("127.0.0.1", int(sys.argv[1]), 1, "job", 60.0)
+"""
+OPENS_A_STORE = """
 import sys, time
 from torch.distributed import TCPStore
 store = TCPStore("127.0.0.1", int(sys.argv[1]), 2, is_master=True, wait_for_workers=False)
@@ -31,16 +35,16 @@ def port():
 
 
 @pytest.fixture
-def door(port):
-    """``door(node)``: that of a node which is done."""
+def done(port):
+    """``done(node)``: what a node that is done detects."""
     config = loading.load(None, ["distributed.storage=local"])
     opened = []
 
-    def open_door(node: int) -> Door:
-        opened.append(Door(NodeSpec(config, [], nnodes=2, node_rank=node, master_port=port)))
+    def others(node: int) -> UnfinishedNodes:
+        opened.append(UnfinishedNodes(NodeSpec(config, [], nnodes=2, node_rank=node, master_port=port)))
         return opened[-1]
 
-    yield open_door
+    yield others
     for each in opened:
         each.close()
 
@@ -55,27 +59,27 @@ def child(port):
         process.wait(20)
 
 
-def until_it_waits(door: Door) -> None:
+def until_one_waits(others: UnfinishedNodes) -> None:
     end = time.monotonic() + patient(30)
-    while not door.somebody_waits():
+    while not others.one_waits():
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
-def test_two_that_are_done_and_a_stranger_wake_nobody(door, port):
-    first, second = door(0), door(1)
-    assert not second.somebody_waits(), "nobody there"
-    assert not first.somebody_waits()
+def test_two_that_are_done_and_a_stranger_start_no_ranks(done, port):
+    first, second = done(0), done(1)
+    assert not second.one_waits(), "nobody there"
+    assert not first.one_waits()
     heard, stop = [], threading.Event()
 
     def listen() -> None:
         while not stop.wait(0.05):
-            heard.append(first.somebody_waits())
+            heard.append(first.one_waits())
 
     thread = threading.Thread(target=listen)
     thread.start()
     try:
-        assert not second.somebody_waits(), "a door"
+        assert not second.one_waits(), "node 0 is done"
         with socket.create_connection(("127.0.0.1", port)) as caller:
             assert caller.recv(100) == b"k8scifar: done\n"
     finally:
@@ -84,14 +88,14 @@ def test_two_that_are_done_and_a_stranger_wake_nobody(door, port):
     assert heard and not any(heard)
 
 
-def test_node_0_hears_an_agent_that_looks_for_its_store(door, child, port):
-    child(ASKS)
-    first = door(0)
-    until_it_waits(first)
+def test_node_0_detects_an_agent_that_looks_for_its_store(done, child, port):
+    child(VISITS)
+    first = done(0)
+    until_one_waits(first)
     assert sockets.port_is_free(port)
-    assert not first.somebody_waits(), "once in a while"
+    assert not first.one_waits(), "once in a while"
 
 
-def test_another_node_sees_that_node_0_has_a_store(door, child):
-    child(OPENS)
-    until_it_waits(door(1))
+def test_another_node_detects_node_0s_store(done, child):
+    child(OPENS_A_STORE)
+    until_one_waits(done(1))

@@ -1,4 +1,4 @@
-"""Run this node's part of the training: torchrun under a supervisor that outlives a peer's faults."""
+"""The command `k8scifar launch`: read and check its options, and run the supervisor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from k8scifar import machine
 from k8scifar.config import loading
@@ -14,87 +14,63 @@ from k8scifar.config.schema import Config
 from k8scifar.console import say
 from k8scifar.errors import UserError
 from k8scifar.launch import sockets
-from k8scifar.launch.elastic.attendance import allowed
+from k8scifar.launch.elastic.membership import allowed
 from k8scifar.launch.node import NodeSpec
 from k8scifar.launch.supervisor import Supervisor
 
 DEFAULT_PORT = 29500
 ELASTIC_WAIT, ELASTIC_GROW = 120.0, 60.0  # seconds
-CPU_PROCESSES = 2  # on one machine: what this project is about
+CPU_PROCESSES = 2  # on one machine without GPUs: data-parallel training needs two
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    job = parser.add_argument_group("job")
-    job.add_argument("--nnodes", type=_count, default=1, metavar="N", help="machines that train together (1)")
-    job.add_argument(
-        "--nproc-per-node",
-        type=_count,
-        metavar="P",
-        help="processes on each machine (its GPUs; else 2 on one, 1 on several)",
-    )
-    job.add_argument("--node-rank", type=int, metavar="R", help="which machine this is, from 0 (in a pod: its index)")
-    job.add_argument("--master-addr", metavar="NAME", help="host name or address of machine 0")
-    job.add_argument(
-        "--storage",
-        choices=("shared", "local"),
-        help="whether all machines see the same folders, or each has its own (distributed.storage)",
-    )
-    job.add_argument("--master-port", type=int, metavar="PORT", help=f"TCP port of machine 0 ({DEFAULT_PORT})")
-    job.add_argument(
-        "--restart", choices=("always", "never"), help="start again after a failure (always with several machines)"
-    )
-    job.add_argument(
-        "--when-done", choices=("exit", "hold", "scale-down"), default="exit", help="what to do after training (exit)"
-    )
-    job.add_argument(
-        "--wait", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the other machines (300)"
-    )
-    job.add_argument(
-        "--min-nodes", type=_count, metavar="N", help="go on with N machines while others are gone (all: wait for them)"
-    )
-    job.add_argument(
-        "--elastic-wait",
-        type=float,
-        metavar="SECONDS",
-        help=f"how long a machine may be gone before the others go on without it ({ELASTIC_WAIT:.0f})",
-    )
-    job.add_argument(
-        "--elastic-grow",
-        type=float,
-        metavar="SECONDS",
-        help="how long a machine that is back waits before it takes part, longer each time it has left again "
-        f"({ELASTIC_GROW:.0f})",
-    )
-    job.add_argument(
-        "--data-wait",
-        type=_count,
-        default=1800,
-        metavar="SECONDS",
-        help="how long a machine other than 0 waits for a shared folder's data set before it says so (1800)",
-    )
-    job.add_argument(
-        "--shutdown-timeout", type=_count, default=60, metavar="SECONDS", help="time to save after SIGTERM (60)"
-    )
-    job.add_argument(
-        "--first-step",
-        type=_count,
-        default=900,
-        metavar="SECONDS",
-        help="time for the first step, heartbeat kept (900)",
-    )
-    parser.add_argument("--check", action="store_true", help="look for mistakes in the options, and start nothing")
+    add = parser.add_argument_group("job").add_argument
+    add("--nnodes", type=_count, default=1, metavar="N", help="machines that train together (1)")
+    text = "processes on each machine (its GPUs; without GPUs 2 on one machine, 1 on several)"
+    add("--nproc-per-node", type=_count, metavar="P", help=text)
+    add("--node-rank", type=int, metavar="R", help="number of this machine, from 0 (in a pod: its index)")
+    add("--master-addr", metavar="NAME", help="host name or address of machine 0")
+    add("--master-port", type=int, metavar="PORT", help=f"TCP port of machine 0 ({DEFAULT_PORT})")
+    text = "whether all machines share their folders or each has its own (distributed.storage)"
+    add("--storage", choices=("shared", "local"), help=text)
+    text = "start again after a failure (always with several machines)"
+    add("--restart", choices=("always", "never"), help=text)
+    add("--when-done", choices=("exit", "hold", "scale-down"), default="exit", help="what to do after training (exit)")
+    _add_times(add)
+    _add_elastic(add)
+    parser.add_argument("--check", action="store_true", help="check the options and start nothing")
     loading.add_arguments(parser.add_argument_group("training"))
 
 
+def _add_times(add: Callable[..., object]) -> None:
+    text = "how long to wait for the other machines (300)"
+    add("--wait", type=float, default=300.0, metavar="SECONDS", help=text)
+    text = "how long a machine other than 0 waits for a shared data set before it reports an error (1800)"
+    add("--data-wait", type=_count, default=1800, metavar="SECONDS", help=text)
+    text = "how long the ranks may save after SIGTERM (60)"
+    add("--shutdown-timeout", type=_count, default=60, metavar="SECONDS", help=text)
+    text = "how long the first step may take, while the heartbeat is kept (900)"
+    add("--first-step", type=_count, default=900, metavar="SECONDS", help=text)
+
+
+def _add_elastic(add: Callable[..., object]) -> None:
+    text = "train with N machines while others are away (all: wait for them)"
+    add("--min-nodes", type=_count, metavar="N", help=text)
+    text = f"how long a machine may be away before the others train without it ({ELASTIC_WAIT:.0f})"
+    add("--elastic-wait", type=float, metavar="SECONDS", help=text)
+    text = f"how long a returning machine waits, twice as long each time it has left again ({ELASTIC_GROW:.0f})"
+    add("--elastic-grow", type=float, metavar="SECONDS", help=text)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Supervise the training; returns the process's exit code. Raises UserError before anything is started."""
+    """Supervise the training and return the process's exit code. Raises UserError before anything is started."""
     spec = node_spec(args, os.environ)
     return 0 if args.check else Supervisor(spec).run()
 
 
-def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str, str]) -> NodeSpec:
-    """What to start, from the command line and the pod's environment. Raises UserError."""
+def node_spec(args: argparse.Namespace, environment: Mapping[str, str]) -> NodeSpec:
+    """Return what to start, from the command line and the pod's environment. Raises UserError."""
     rank = args.node_rank if args.node_rank is not None else node_rank(args.nnodes, environment)
     if not 0 <= rank < args.nnodes:
         raise UserError(f"--node-rank {rank} must be from 0 to {args.nnodes - 1} with --nnodes {args.nnodes}")
@@ -110,7 +86,7 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
     config = loading.from_arguments(args)
     if config.distributed.interface:
         machine.check_interface(config.distributed.interface, "distributed.interface")
-    else:  # libraries' variables, left in a shell
+    else:  # a variable that was left in a shell
         machine.check_interface(environment.get("GLOO_SOCKET_IFNAME", ""), "GLOO_SOCKET_IFNAME")
         if args.nnodes > 1 and not environment.get("GLOO_SOCKET_IFNAME"):
             _check_host_name(args.master_addr)
@@ -143,29 +119,31 @@ def node_spec(args: argparse.Namespace, environment: os._Environ[str] | dict[str
     )
     if spec.is_elastic and allowed(spec) == [spec.nnodes]:
         raise UserError(
-            f"--min-nodes {spec.min_nodes}: from that number up, only all {spec.nnodes} machines can share a global "
-            "batch; lower it (1 always can), or lower micro_batch"
+            f"--min-nodes {spec.min_nodes}: of {spec.min_nodes} machines and more, only all {spec.nnodes} machines can "
+            "share a global batch; lower it (1 always can), or lower micro_batch"
         )
     return spec
 
 
 def _check_elastic(args: argparse.Namespace) -> None:
-    """Raise UserError where the options of an elastic group make no sense."""
+    """Raise UserError where the options of an elastic group contradict each other."""
     if (args.min_nodes or 1) > args.nnodes:
         raise UserError(f"--min-nodes {args.min_nodes} is more than --nnodes {args.nnodes}; lower it")
     if (args.min_nodes or args.nnodes) < args.nnodes and args.restart == "never":
-        raise UserError("--min-nodes needs --restart always: who goes on alone starts again; leave out one of them")
+        raise UserError(
+            "--min-nodes needs --restart always, because the others restart without it; leave out one of them"
+        )
     for option, seconds in (("--elastic-wait", args.elastic_wait), ("--elastic-grow", args.elastic_grow)):
         if seconds is None:
             continue
         if not seconds > 0:
             raise UserError(f"{option} {seconds:g} must be above 0 seconds")
         if not args.min_nodes:
-            raise UserError(f"{option} needs --min-nodes: without it all machines wait for one that is gone")
+            raise UserError(f"{option} needs --min-nodes: without it all machines wait for one that is away")
 
 
 def _check_host_name(master: str) -> None:
-    """Raise UserError where this host's name would lead its peers nowhere, and they are on other machines."""
+    """Raise UserError where peers on other machines could not reach this one by its host name."""
     name = socket.gethostname()
     if sockets.leads_nowhere(name) and not sockets.leads_nowhere(master):
         raise UserError(
@@ -176,9 +154,9 @@ def _check_host_name(master: str) -> None:
 
 
 def processes(config: Config, nnodes: int, environment: Mapping[str, str]) -> int:
-    """Processes on this machine where nobody says how many: its GPUs; without, two alone, else one.
+    """Return the default number of processes on this machine: its GPUs; without GPUs two on one machine, else one.
 
-    On one machine that is for us to choose: no more than it takes for the largest share to be as small as it can be.
+    On one machine there are no more than make the largest rank's number of micro-batches as small as possible.
     """
     gpus = machine.usable_gpus(environment) if config.hardware.device != "cpu" else 0
     if nnodes > 1:
@@ -190,12 +168,12 @@ def processes(config: Config, nnodes: int, environment: Mapping[str, str]) -> in
         largest = -(-micro_batches // wanted)
         count = -(-micro_batches // largest)
     if count < gpus:
-        say(f"{count} of {gpus} GPUs are used: a global batch is {micro_batches} micro-batches; lower micro_batch")
+        say(f"using {count} of {gpus} GPUs: a global batch is {micro_batches} micro-batches; lower micro_batch")
     return count
 
 
 def train_arguments(args: argparse.Namespace) -> list[str]:
-    """The options that `train` takes over unchanged."""
+    """Return the options that are passed to `train` unchanged."""
     options = {
         "--recipe": args.recipe,
         "--config": args.config,
@@ -207,8 +185,8 @@ def train_arguments(args: argparse.Namespace) -> list[str]:
     return given + [f"--set={item}" for item in args.sets]
 
 
-def node_rank(nnodes: int, environment: os._Environ[str] | dict[str, str]) -> int:
-    """This machine's rank: a Job's completion index, else the number that ends the pod's name. Raises UserError."""
+def node_rank(nnodes: int, environment: Mapping[str, str]) -> int:
+    """Return this machine's number: a Job's completion index, else the end of the pod's name. Raises UserError."""
     if nnodes == 1:
         return 0
     if index := environment.get("JOB_COMPLETION_INDEX", ""):

@@ -1,4 +1,4 @@
-"""The one thing a pod asks of the Kubernetes API: to scale its own StatefulSet to zero once training is done."""
+"""Scale the pod's StatefulSet to zero through the Kubernetes API, once training is done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 def scale_down(statefulset: str, sleep: Callable[[float], None] = time.sleep, tries: int = 5) -> str | None:
-    """`scale_to_zero`, tried several times with growing pauses; None, or why the last try failed."""
+    """Retry `scale_to_zero` with growing pauses; None, or why the last try failed."""
     if not statefulset:
         return "K8SCIFAR_STATEFULSET is not set"
     for attempt in range(tries):
@@ -27,7 +27,7 @@ def scale_down(statefulset: str, sleep: Callable[[float], None] = time.sleep, tr
 
 
 def scale_to_zero(statefulset: str, account: Path = SERVICE_ACCOUNT, timeout: float = 10.0) -> str | None:
-    """Set this StatefulSet's replicas to 0 through the Kubernetes API; None, or why it failed, in one line."""
+    """Set this StatefulSet's replicas to 0; None, or why it failed, in one line."""
     host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     if not host:
         return "not in a pod: KUBERNETES_SERVICE_HOST is not set"

@@ -1,4 +1,4 @@
-"""One node's part of the job: what to start, with which command and environment."""
+"""What to start on one node, with which command and environment."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 
 from k8scifar import machine
 from k8scifar.config.schema import Config
-from k8scifar.launch.elastic import meeting
-from k8scifar.results import lease
+from k8scifar.launch import reports
+from k8scifar.results import lease, node_status
 
 WORKER = "k8scifar.launch.worker"
-HAS_SAFE_PATH = sys.version_info >= (3, 11)  # whether PYTHONSAFEPATH is heard
-COMPILED = os.path.join(tempfile.gettempdir(), "k8scifar-inductor")  # kept from attempt to attempt
+MIN_NODES = "K8SCIFAR_MIN_NODES"  # environment variable of an elastic group's agent: how few nodes may train
+HAS_SAFE_PATH = sys.version_info >= (3, 11)  # whether Python reads PYTHONSAFEPATH
+COMPILED = os.path.join(tempfile.gettempdir(), "k8scifar-inductor")  # outlives an attempt
 
 
 def run_module(name: str) -> list[str]:
-    """The command that runs a module of the package; the working folder's own modules shadow nothing."""
+    """Return the command that runs a module of the package, which no module of the working folder shadows."""
     if HAS_SAFE_PATH:
         return [sys.executable, "-m", name]
     run = f"runpy.run_module('{name}', run_name='__main__', alter_sys=True)"
@@ -37,7 +38,7 @@ class NodeSpec:
     node_rank: int = 0
     master_addr: str = "127.0.0.1"
     master_port: int | None = None
-    """TCP port of the rendezvous; None: a free one."""
+    """TCP port of the rendezvous; None: any free port."""
     restart: bool = False
     """Start again after a failure that a restart may mend."""
     when_done: str = "exit"
@@ -49,20 +50,20 @@ class NodeSpec:
     shutdown_timeout: int = 60
     """Seconds that the ranks get to save after SIGTERM."""
     data_wait: float = 1800.0
-    """Seconds that a node other than 0 waits for the data set before it says so, and goes on waiting."""
+    """Seconds that a node other than 0 waits for the data set before it reports an error and waits again."""
     first_step: float = 900.0
-    """Seconds that the ranks get for their first step, after which a missing heartbeat is theirs."""
+    """Seconds that the ranks get for their first step, while the supervisor keeps the heartbeat."""
     min_nodes: int = 0
-    """The fewest nodes that go on without the others; 0 or `nnodes`: all have to be there."""
+    """The fewest nodes that train without the others; 0 or `nnodes`: all nodes are needed."""
     elastic_wait: float = 120.0
-    """Seconds that a node may be gone before the others go on without it."""
+    """Seconds that a node may be away before the others train without it."""
     elastic_grow: float = 60.0
-    """Seconds, at least, that a node which is back waits outside before all meet anew with it."""
+    """Seconds, at least, that a returning node waits before it is taken back."""
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
     @property
     def is_elastic(self) -> bool:
-        """Whether the group may go on without a node that is gone for long."""
+        """Whether the group may train without a node that has been away for long."""
         return 0 < self.min_nodes < self.nnodes
 
     @property
@@ -72,11 +73,11 @@ class NodeSpec:
 
     @property
     def own_folders(self) -> bool:
-        """Whether this node's folders are its own, and other nodes have others."""
+        """Whether the nodes share no folder."""
         return self.nnodes > 1 and self.config.distributed.storage == "local"
 
     def command(self, port: int) -> list[str]:
-        """torchrun with its arguments, meeting the other nodes by static rendezvous at this port."""
+        """Return torchrun's command, with static rendezvous at this port."""
         return [
             *run_module("k8scifar.launch.agent"),
             f"--nnodes={self.nnodes}",
@@ -90,30 +91,35 @@ class NodeSpec:
             "train", *self.train_arguments,
         ]  # fmt: skip
 
-    def child_environment(self, scratch: Path) -> dict[str, str]:
-        """The environment of torchrun and its ranks; `scratch` is where they leave their exit codes and reasons."""
+    def child_environment(self, folder: Path) -> dict[str, str]:
+        """Return the environment of torchrun and its ranks, which write their reports in `folder`."""
         threads = self.config.hardware.threads or max(1, machine.usable_cpus() // self.nproc_per_node)
         ours = {
             "OMP_NUM_THREADS": str(threads),
-            "TMPDIR": str(scratch),  # what torch leaves behind in it goes with it
-            "PYTHONSAFEPATH": "1",  # a random.py of the user's in this folder is no part of Python
+            "TMPDIR": str(folder),  # torch's temporary files are removed with it
+            "PYTHONSAFEPATH": "1",  # no module of the working folder, such as random.py, shadows Python's
             "PYTHONUNBUFFERED": "1",
-            "K8SCIFAR_SCRATCH": str(scratch),
-            "K8SCIFAR_REASON_FILE": str(scratch / "reason"),
+            reports.FOLDER: str(folder),
             "K8SCIFAR_SUPERVISOR_PID": str(os.getpid()),
             lease.HOLDER: lease.holder(),
             "K8SCIFAR_PEER_TIMEOUT": str(self.config.distributed.timeout_seconds),
-            # Read by torch 2.13 and newer in place of 30 s; the same as its --shutdown-timeout.
+            # torch 2.13 and newer read it, in place of 30 s; the same as the agent's --shutdown-timeout.
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(self.shutdown_timeout),
         }
         if self.is_elastic:
-            ours[meeting.MIN_NODES] = str(self.min_nodes)
+            ours[MIN_NODES] = str(self.min_nodes)
         if "TORCH_CPP_LOG_LEVEL" not in self.environment:
-            ours["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # its warnings are of peers' names that have no reverse lookup
+            ours["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # torch warns of peers' names that have no reverse lookup
         if self.config.distributed.interface:
             ours |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.config.distributed.interface)
         elif self.nnodes == 1 and "lo" in machine.interfaces():
-            ours["GLOO_SOCKET_IFNAME"] = "lo"  # nobody outside has to reach these ranks
+            ours["GLOO_SOCKET_IFNAME"] = "lo"  # no other machine has to reach these ranks
         if self.config.hardware.compile:
             ours.setdefault("TORCHINDUCTOR_CACHE_DIR", self.environment.get("TORCHINDUCTOR_CACHE_DIR", COMPILED))
         return self.environment | ours
+
+
+def record_state(spec: NodeSpec, state: str, reason: str = "", attempt: int = 0) -> None:
+    """Record the node's state for `k8scifar status`; without restarts, the terminal shows it."""
+    if spec.restart:
+        node_status.write(spec.config.run_dir, spec.node_rank, state, reason, attempt, spec.own_folders)

@@ -1,9 +1,9 @@
-"""Check what this machine offers a training, before it starts, and say in one line what to do.
+"""Check this machine before a training starts, and log one line with what to do.
 
-Nothing here waits for another machine: that is the supervisor's part, in a container that is Ready meanwhile.
+No check waits for another machine; the supervisor does, in a container that is Ready meanwhile.
 
 Exit codes, one for each check: 12 the network interface, 13 /dev/shm, 14 the data set's volume can't be written, 15 the
-checkpoints' volume can't, 16 too little space, 17 the volume loses files.
+checkpoints' volume can't be written, 16 too little space, 17 the volume loses files.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import errno
 import os
 import secrets
 import socket
-import sys
 from pathlib import Path
 
 from k8scifar import machine
+from k8scifar.console import say
+from k8scifar.errors import UserError
 from k8scifar.files import FULL, sync_folder, write_atomically
-from k8scifar.launch.termination import leave_message
+from k8scifar.launch.termination import write_message
 from k8scifar.urls import local
 
 INTERFACE, SHM, DATA_VOLUME, RUNS_VOLUME, SPACE, LOST = range(12, 18)
-SMALL_SHM = 32  # MiB; container engines give 64 where nothing is asked for
+SMALL_SHM = 32  # MiB; the default of container engines is 64
 
 
 class Problem(Exception):
-    """A check that failed: its exit code, and one line that says what to do."""
+    """A check that failed: its exit code, and one line with what to do."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the checks, stop at the first that fails; returns its exit code, 0 where none does."""
+    """Run the checks; returns the exit code of the first that fails, or 0."""
     try:
         check_interface(args.interface)
         check_shm()
@@ -51,26 +52,23 @@ def run(args: argparse.Namespace) -> int:
         check_volume(args.runs_dir, RUNS_VOLUME, "checkpoints", args.min_free)
     except Problem as problem:
         line = f"k8scifar: preflight: {problem}"
-        print(line, file=sys.stderr, flush=True)
-        leave_message(line, os.environ)
+        say(line)
+        write_message(line, os.environ)
         return problem.code
-    print("k8scifar: preflight: this machine is ready", file=sys.stderr)
+    say("k8scifar: preflight: this machine is ready")
     return 0
 
 
 def check_interface(name: str) -> None:
-    """Raise Problem where the named interface is not there."""
-    there = machine.interfaces()
-    if name and there and name not in there:
-        raise Problem(
-            INTERFACE,
-            f"there is no network interface {name}; set train.distributed.interface to one of {', '.join(there)}, "
-            'or to "" to have it chosen',
-        )
+    """Raise Problem where this machine has no such interface."""
+    try:
+        machine.check_interface(name, "train.distributed.interface")
+    except UserError as error:
+        raise Problem(INTERFACE, str(error)) from None
 
 
 def check_shm(folder: Path = Path("/dev/shm")) -> None:
-    """Raise Problem where shared memory is missing, read-only or tiny."""
+    """Raise Problem where shared memory is missing, read-only or too small."""
     try:
         with open(folder / f"k8scifar-{secrets.token_hex(4)}", "wb") as file:
             os.unlink(file.name)
@@ -101,7 +99,7 @@ def check_volume(folder: Path, code: int, name: str, min_free: int) -> None:
         code = SPACE if error.errno in FULL else code
         raise Problem(code, _advice(folder, name, error)) from None
     if read != content or kept != content:
-        raise Problem(LOST, f"{folder} gave back other bytes than were written: the {name} volume is not to be trusted")
+        raise Problem(LOST, f"{folder} returned other bytes than were written: do not use the {name} volume")
     if (mib := free.f_bavail * free.f_frsize >> 20) < min_free:
         raise Problem(
             SPACE, f"{folder} has {mib} MiB free of the {min_free} wanted: free some, or lower preflight.freeMiB"
@@ -127,10 +125,3 @@ def _advice(folder: Path, name: str, error: OSError) -> str:
 def _size_mib(folder: Path) -> int:
     status = os.statvfs(folder)
     return status.f_blocks * status.f_frsize >> 20
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -1,4 +1,4 @@
-"""What a node needs from others before an attempt: node 0's name, a free port, the data set."""
+"""What a node needs before an attempt: node 0's name, a free port, the data set."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from k8scifar.launch.node import NodeSpec
 
 
 @dataclass(frozen=True)
-class Need:
-    """Something that may still come."""
+class Prerequisite:
+    """One prerequisite, which may still be met."""
 
     is_met: Callable[[], bool]
-    otherwise: str  # what to say while it is not there
-    seconds: float  # how long to wait before it is called an error
+    otherwise: str  # the log line while it is not met
+    seconds: float  # how long to wait before it is an error
 
 
-def needs(spec: NodeSpec) -> list[Need]:
-    """What has to be there, in this order. A node that nobody starts again gets its port at once, or an error."""
+def prerequisites(spec: NodeSpec) -> list[Prerequisite]:
+    """Return the prerequisites in the order to check. Without restarts, a port in use is an error at once."""
     found = []
     if spec.nnodes > 1:
         name = spec.master_addr
         text = f"the name {name} does not resolve; {sockets.name_advice(name)}"
-        found.append(Need(lambda: bool(sockets.resolve(name)), text, spec.wait))
+        found.append(Prerequisite(lambda: bool(sockets.resolve(name)), text, spec.wait))
     if spec.node_rank == 0 and spec.master_port is not None:
         port = spec.master_port
-        text = f"port {port} of this machine is in use; end what holds it or choose another --master-port"
-        found.append(Need(lambda: sockets.port_is_free(port), text, spec.wait if spec.restart else 0.0))
+        text = f"port {port} of this machine is in use; end the process that holds it, or choose another --master-port"
+        found.append(Prerequisite(lambda: sockets.port_is_free(port), text, spec.wait if spec.restart else 0.0))
     if spec.waits_for_data:
         manifest = Path(spec.config.data.dir) / "manifest.json"
         text = (
             f"there is no data set in {manifest.parent} yet: node 0 prepares it (in a cluster, kubectl logs of pod 0, "
-            "container prepare); if it has done so, this node's dataset volume is another one: a hostPath is not shared"
+            "container prepare); if it has, this node has another dataset volume, because a hostPath is not shared"
         )
-        found.append(Need(manifest.exists, text, spec.data_wait))
+        found.append(Prerequisite(manifest.exists, text, spec.data_wait))
     return found

@@ -1,8 +1,8 @@
-"""Processes of this machine: starting, reaping and killing whole trees.
+"""Start, reap and kill whole process trees.
 
-Standard library only, so that a supervisor that is process 1 of a container stays small. It is complete on Linux. On
-macOS, which has neither /proc nor prctl, processes are listed by ps, a child looks after its parent itself (a second
-late), and a grandchild whose parent was killed is not adopted: it ends when it finds itself alone.
+Uses the standard library only, so that a supervisor that is process 1 of a container stays small. macOS has neither
+/proc nor prctl: there ps lists processes, a child polls for its parent each second, and a grandchild whose parent was
+killed is not adopted but ends itself.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def _prctl(option: int, value: int) -> bool:
-    """Linux prctl(2); False where there is none."""
+    """Call Linux's prctl(2); False on other systems."""
     if not sys.platform.startswith("linux"):
         return False
     return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0
 
 
 def adopt_orphans() -> bool:
-    """Become the parent of every orphaned descendant (PR_SET_CHILD_SUBREAPER), so that none is lost from sight."""
+    """Become the parent of every orphaned descendant (PR_SET_CHILD_SUBREAPER), so that `descendants` finds it."""
     return _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, whose id it was told, dies. Ends at once if it already has.
+    """Have the kernel kill this process when its parent dies; end at once if the process `parent` has died already.
 
-    Where the kernel can't (macOS), a thread looks each second whether the parent is still there.
+    On macOS a thread polls for the parent each second.
     """
     if not _prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
         threading.Thread(target=_watch_parent, args=(os.getppid(),), name="parent", daemon=True).start()
@@ -52,37 +52,30 @@ def _watch_parent(parent: int) -> None:
 
 
 class Child:
-    """A child process that is reaped together with every orphan adopted meanwhile (what process 1 has to do)."""
+    """A child process; `poll` reaps it, and every adopted orphan, as process 1 has to."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        # Its own session: a terminal's Ctrl-C reaches the supervisor alone, which then stops the child in order.
+        # In a new session a terminal's Ctrl-C reaches only the supervisor, which then lets the ranks save.
         self._popen = subprocess.Popen(command, env=dict(environment), start_new_session=True)
         self.pid = self._popen.pid
         self.code: int | None = None
 
     def poll(self) -> int | None:
-        """Exit status (negative: the signal that killed it), or None while it runs."""
+        """Return the exit status (negative: the signal that killed it), or None while the child runs."""
         for pid, status in reap():
             if pid == self.pid:
                 self.code = os.waitstatus_to_exitcode(status)
-                self._popen.returncode = self.code  # reaped here, so Popen must not wait for it again
-        return self.code
-
-    def wait(self, seconds: float) -> int | None:
-        """Wait at most this many seconds; the exit status, or None."""
-        end = time.monotonic() + seconds
-        while self.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
+                self._popen.returncode = self.code  # reaped above: Popen must not wait for it again
         return self.code
 
     def signal(self, number: int) -> None:
-        """Send a signal to the process itself, if it still runs."""
+        """Send a signal to the child, if it still runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def kill_tree(self, seconds: float = 10.0) -> None:
-        """SIGKILL the child and all its descendants, also those in sessions of their own, and wait for their end."""
+        """Send SIGKILL to the child and all descendants, also those in other sessions, and wait for their end."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             alive = set(descendants(os.getpid()))
@@ -100,7 +93,7 @@ class Child:
 
 
 def reap() -> list[tuple[int, int]]:
-    """Collect every child that has ended: (process id, wait status)."""
+    """Reap every child that has ended; returns (process id, wait status) of each."""
     ended = []
     while True:
         try:
@@ -113,7 +106,7 @@ def reap() -> list[tuple[int, int]]:
 
 
 def descendants(root: int) -> list[int]:
-    """Process ids of all living descendants of `root`."""
+    """Return the process ids of all living descendants of `root`."""
     children: dict[int, list[int]] = {}
     for pid, parent, state in _processes():
         if state[:1] not in "ZX":
@@ -127,7 +120,7 @@ def descendants(root: int) -> list[int]:
 
 
 def _processes(proc: Path = Path("/proc")) -> list[tuple[int, int, str]]:
-    """(id, parent's id, state) of every process of this machine: from /proc, or from ps where there is none (macOS)."""
+    """Return (id, parent's id, state) of every process of this machine, from /proc or else from ps (macOS)."""
     found = []
     for entry in proc.glob("[0-9]*/stat"):
         try:

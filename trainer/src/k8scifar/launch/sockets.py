@@ -1,4 +1,4 @@
-"""Names, addresses and ports, asked without ever blocking for good."""
+"""Look up host names and ports of this machine; no call blocks for long."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def resolve(name: str, seconds: float = 10.0) -> frozenset[str]:
-    """Addresses of a host name; empty where it has none (yet). In a thread: a resolver can't be interrupted."""
+    """Return the addresses of a host name, none where it does not resolve; in a thread, to limit the time."""
     found: list[str] = []
 
     def ask() -> None:
@@ -24,13 +24,13 @@ def resolve(name: str, seconds: float = 10.0) -> frozenset[str]:
 
 
 def leads_nowhere(name: str) -> bool:
-    """Whether a host name means the loopback address alone, so that no other machine can connect to it."""
+    """Return whether a host name resolves to loopback addresses only, which no other machine can reach."""
     here = resolve(name)
     return bool(here) and all(address.startswith("127.") or address == "::1" for address in here)
 
 
 def port_is_free(port: int) -> bool:
-    """Whether a server may listen on this TCP port of this machine."""
+    """Return whether a server can listen on this TCP port of this machine."""
     family, everywhere = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -45,14 +45,14 @@ def port_is_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nothing listens on."""
+    """Return a free TCP port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def name_advice(name: str, resolver: Path = Path("/etc/resolv.conf")) -> str:
-    """What to do about a name that does not resolve."""
+    """Return advice on a name that does not resolve."""
     with contextlib.suppress(OSError):
         domains = re.findall(r"\bsvc\.(\S+)", resolver.read_text())
         if domains and ".svc." in name and not name.endswith(f".svc.{domains[0]}"):

@@ -1,4 +1,4 @@
-"""The termination message: one line that the kubelet keeps of a container's end."""
+"""The termination message: one line that the kubelet keeps when a container ends."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def leave_message(text: str, environment: Mapping[str, str]) -> None:
-    """Write one line where the kubelet finds a container's termination message, if this is a container of a pod."""
+def write_message(text: str, environment: Mapping[str, str]) -> None:
+    """Write the termination message, if this is a container of a pod."""
     named = environment.get("K8SCIFAR_TERMINATION_LOG")
     path = Path(named or "/dev/termination-log")
     with contextlib.suppress(OSError):

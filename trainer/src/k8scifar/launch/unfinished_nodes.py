@@ -1,8 +1,8 @@
-"""How a node that is done notices one that is not, where each has folders of its own.
+"""How a node that is done detects another node that is not, where the nodes share no folder.
 
-A node that lost its disk can learn only from the ranks of another that the run is finished, and take what it left. A
-done node has none running. So node 0 listens at the port of the rendezvous, where the others' agents ask for its store;
-and the others look there now and then whether node 0 has a store open, which it has while it is not done.
+A node that lost its disk can learn only from another node's ranks that the run is finished, and receive its results. A
+node that is done runs no ranks. So node 0 listens at the rendezvous port, where the others' agents look for its store.
+The others look there now and then for node 0's store, which is open while node 0 is not done.
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ import time
 
 from k8scifar.launch.node import NodeSpec
 
-DONE = b"k8scifar: done\n"  # what node 0 says to whoever connects; a store waits to be spoken to
-PATIENCE = 2.0  # seconds in which the other side says something, if it is going to
-REST = 30.0  # seconds between two attempts, whoever knocks
+DONE = b"k8scifar: done\n"  # node 0 sends it to each client; a store sends nothing before its client does
+ANSWER_TIMEOUT = 2.0  # seconds in which the other side sends something, if it is going to
+REST = 30.0  # seconds between two attempts for unfinished nodes
 
 
-class Door:
-    """Opened by a node that is done; `somebody_waits` is asked again and again. A context manager."""
+class UnfinishedNodes:
+    """Detects nodes that wait for this one, which is done. A context manager."""
 
     def __init__(self, spec: NodeSpec) -> None:
         self._spec = spec
         self._listener: socket.socket | None = None
         self._next = 0.0
 
-    def __enter__(self) -> Door:
+    def __enter__(self) -> UnfinishedNodes:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def somebody_waits(self) -> bool:
-        """Whether another node is waiting for this one, as far as can be told. The port is free again then."""
+    def one_waits(self) -> bool:
+        """Return whether another node seems to wait for this one; if so, the port is free again."""
         if time.monotonic() < self._next:
             return False
-        waits = self._is_asked() if self._spec.node_rank == 0 else self._finds_a_store()
+        waits = self._agent_connects() if self._spec.node_rank == 0 else self._store_is_open()
         if waits:
             self.close()
             self._next = time.monotonic() + REST
         return waits
 
     def close(self) -> None:
-        """Leave the port."""
+        """Stop listening at the port."""
         if self._listener:
             self._listener.close()
             self._listener = None
 
-    def _is_asked(self) -> bool:
-        """Node 0: whether somebody connects and speaks, as an agent does that looks for the store."""
+    def _agent_connects(self) -> bool:
+        """Node 0: whether a client connects and sends something, as an agent does that looks for the store."""
         with contextlib.suppress(OSError):
             if self._listener is None:
                 both = socket.has_dualstack_ipv6()
@@ -59,19 +59,19 @@ class Door:
                     ("", self._spec.master_port or 0), family=family, dualstack_ipv6=both
                 )
             while select.select([self._listener], [], [], 0)[0]:
-                with self._listener.accept()[0] as caller:
-                    caller.settimeout(PATIENCE)
-                    caller.sendall(DONE)
-                    if caller.recv(1):
+                with self._listener.accept()[0] as client:
+                    client.settimeout(ANSWER_TIMEOUT)
+                    client.sendall(DONE)
+                    if client.recv(1):
                         return True
         return False
 
-    def _finds_a_store(self) -> bool:
-        """Another node: whether node 0 has its store open, rather than a door."""
+    def _store_is_open(self) -> bool:
+        """Another node: whether node 0 has its store open; a node 0 that is done sends `DONE`."""
         with contextlib.suppress(OSError):
             place = (self._spec.master_addr, self._spec.master_port or 0)
-            with socket.create_connection(place, timeout=PATIENCE) as store:
-                store.settimeout(PATIENCE)
+            with socket.create_connection(place, timeout=ANSWER_TIMEOUT) as store:
+                store.settimeout(ANSWER_TIMEOUT)
                 try:
                     store.recv(len(DONE))
                 except TimeoutError:

@@ -1,6 +1,6 @@
-"""What torchrun starts for each rank: `k8scifar train`, with its exit code left in a file for the supervisor.
+"""What torchrun starts for each rank: `k8scifar train`, which reports its exit code and reason to the supervisor.
 
-torchrun itself keeps neither the exit codes of ranks that it stopped nor those after a SIGTERM.
+torchrun drops the exit codes of ranks that it stopped, and of all ranks after a SIGTERM.
 """
 
 from __future__ import annotations
@@ -9,38 +9,40 @@ import os
 import signal
 import sys
 import traceback
-from pathlib import Path
 
 from k8scifar.errors import CRASHED, FAILED, LATE, PEER_LOST, PREEMPTED
 from k8scifar.launch import processes
+from k8scifar.launch.reports import RankReport, Writer
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; leaves `started.RANK`, `exit.RANK` and, from the command, `reason.RANK` in the folder."""
-    folder, rank = Path(os.environ["K8SCIFAR_SCRATCH"]), os.environ["RANK"]
+    """Run the command line in this process; its report exists from the start and holds the exit code at the end."""
+    rank = os.environ["RANK"]
     processes.die_with_parent(int(os.environ.get("K8SCIFAR_AGENT_PID", "0")))
-    (folder / f"started.{rank}").touch()
-    os.environ["K8SCIFAR_REASON_FILE"] = str(folder / f"reason.{rank}")
+    report = Writer(f"rank-{rank}.json", RankReport())
+    report.update()
     code = CRASHED
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # until training has its own; nothing to save yet
+    # Training installs another handler; before that there is nothing to save.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
     try:
         from k8scifar.cli import main as command
 
-        code = command(arguments)
+        code = command(arguments, report.explain)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
-        (folder / f"reason.{rank}").write_text(f"rank {rank} failed: {type(error).__name__}: {lines[0]}"[:500])
+        report.explain(f"rank {rank} failed: {type(error).__name__}: {lines[0]}"[:500])
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is settled; Python's own would show what comes now
-        (folder / f"exit.{rank}").write_text(str(int(code or 0)))
-    if code in (FAILED, CRASHED, PEER_LOST, LATE):  # torch's own end would wait for a peer that is lost
+        # The exit code is known; a signal that comes now would only print a traceback.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        report.update(exit_code=code)
+    if code in (FAILED, CRASHED, PEER_LOST, LATE):  # torch's shutdown would wait for a lost peer
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    return int(code or 0)
+    return code
 
 
 if __name__ == "__main__":

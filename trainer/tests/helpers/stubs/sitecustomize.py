@@ -9,23 +9,24 @@ import types
 
 if source := os.environ.get("STUB_TRAIN"):
 
-    def main(arguments=None):
-        arguments = sys.argv[1:] if arguments is None else arguments
-        if arguments[0] == "train":
-            scope = {}
-            exec(source, scope)
-            return scope["train"](arguments[1:])
+    def main(arguments=None, explain=print):
         import argparse
 
         from k8scifar.errors import UserError
         from k8scifar.launch import command
 
-        parser = argparse.ArgumentParser(prog="k8scifar launch")
-        command.add_arguments(parser)
+        arguments = sys.argv[1:] if arguments is None else arguments
         try:
+            if arguments[0] == "train":
+                scope = {}
+                exec(source, scope)
+                return scope["train"](arguments[1:])
+            parser = argparse.ArgumentParser(prog="k8scifar launch")
+            command.add_arguments(parser)
             return command.run(parser.parse_args(arguments[1:]))
         except UserError as error:
             print(f"k8scifar: error: {error}", file=sys.stderr)
+            explain(str(error))
             return 2
 
     module = types.ModuleType("k8scifar.cli")

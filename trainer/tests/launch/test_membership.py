@@ -1,8 +1,9 @@
-"""Whom node 0 waits for, with whom it goes on, whom it takes back and when."""
+"""Which nodes node 0 waits for, trains with and takes back, and when."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,104 +11,104 @@ import pytest
 from k8scifar.config import loading
 from k8scifar.errors import UserError
 from k8scifar.launch import command
-from k8scifar.launch.elastic import attendance
-from k8scifar.launch.elastic.attendance import Attendance, Orders
+from k8scifar.launch.elastic import membership
+from k8scifar.launch.elastic.membership import Membership, Policy
 from k8scifar.launch.node import NodeSpec
-from k8scifar.launch.scratch import Scratch
+from k8scifar.launch.reports import AgentReport
 from k8scifar.results import participants
 
-ORDERS = Orders(allowed=[1, 2, 3, 4], expected=[0, 1, 2, 3], pauses=[60.0] * 4, missed=1000.0, wait=120.0, met=True)
+POLICY = Policy(allowed=[1, 2, 3, 4], expected=[0, 1, 2, 3], pauses=[60.0] * 4, missed=1000.0, wait=120.0, met=True)
 
 
-def test_who_is_missed_is_waited_for_and_then_done_without():
-    assert ORDERS.decide([0, 1, 3], now=1119.0) is None
-    assert ORDERS.decide([0, 1, 3], now=1120.0) == [0, 1, 3]
-    assert ORDERS.decide([0, 1, 2, 3], now=1000.0) == [0, 1, 2, 3]
+def test_node_0_waits_for_a_missing_node_and_then_trains_without_it():
+    assert POLICY.decide([0, 1, 3], now=1119.0) is None
+    assert POLICY.decide([0, 1, 3], now=1120.0) == [0, 1, 3]
+    assert POLICY.decide([0, 1, 2, 3], now=1000.0) == [0, 1, 2, 3]
 
 
-def test_a_group_that_never_met_waits_for_everybody():
-    fresh = replace(ORDERS, met=False)
+def test_a_group_that_never_met_waits_for_all_nodes():
+    fresh = replace(POLICY, met=False)
     assert fresh.decide([0, 1, 3], now=1e9) is None
     assert fresh.decide([0, 1, 2, 3], now=1000.0) == [0, 1, 2, 3]
 
 
-def test_no_more_nodes_than_can_share_a_batch_and_no_fewer_than_asked_for():
-    some = replace(ORDERS, allowed=[2, 4])
+def test_only_an_allowed_number_of_nodes_takes_part():
+    some = replace(POLICY, allowed=[2, 4])
     assert some.decide([0, 1, 3], now=2000.0) == [0, 1]
     assert some.decide([0], now=2000.0) is None
 
 
-def test_who_has_waited_long_enough_is_taken_back_if_the_group_grows_by_it():
-    orders = replace(ORDERS, pauses=[60.0, 60.0, 60.0, 240.0])
-    assert orders.grown([0, 1], {2: 59.0, 3: 100.0}) == []
-    assert orders.grown([0, 1], {2: 61.0, 3: 100.0}) == [2]
-    assert orders.grown([0, 1], {2: 61.0, 3: 241.0}) == [2, 3]
-    assert replace(orders, allowed=[2, 4]).grown([0, 1], {2: 61.0, 3: 100.0}) == []
-    assert replace(orders, allowed=[2, 4]).grown([0, 2], {1: 61.0}) == [], "it would only take node 2's place"
+def test_a_node_is_taken_back_after_its_pause_if_the_group_grows():
+    policy = replace(POLICY, pauses=[60.0, 60.0, 60.0, 240.0])
+    assert policy.returning([0, 1], {2: 59.0, 3: 100.0}) == []
+    assert policy.returning([0, 1], {2: 61.0, 3: 100.0}) == [2]
+    assert policy.returning([0, 1], {2: 61.0, 3: 241.0}) == [2, 3]
+    assert replace(policy, allowed=[2, 4]).returning([0, 1], {2: 61.0, 3: 100.0}) == []
+    assert replace(policy, allowed=[2, 4]).returning([0, 2], {1: 61.0}) == [], "it would only replace node 2"
 
 
 @pytest.fixture
 def group(tmp_path, monkeypatch):
-    """``group(members, gone, welcome, seconds)`` lets an attempt pass and returns the orders of the next one."""
+    """``group(members, away, back, seconds)`` lets an attempt pass and returns the policy of the next one."""
     clock = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     config = loading.load(None, [f"runs_dir={tmp_path}", "micro_batch=25", "global_batch=100"], "demo")
     spec = NodeSpec(config=config, train_arguments=[], nnodes=2, min_nodes=1)
-    desk, scratch = Attendance(spec), Scratch(tmp_path, 1)
+    memory = Membership(spec)
     config.run_dir.mkdir()
 
-    def orders() -> Orders:
-        desk.order(tmp_path)
-        return Orders.read(tmp_path)
+    def policy() -> Policy:
+        memory.write_policy(tmp_path)
+        return Policy.read(tmp_path)
 
-    def passes(nodes: list[int], gone: list[int] = (), welcome: list[int] = (), seconds: float = 30.0) -> Orders:
+    def passes(nodes: list[int], away: Sequence[int] = (), back: Sequence[int] = (), seconds: float = 30.0) -> Policy:
         if len(nodes) == 2:
             text = participants.content(config.run_dir, [{"from": 0, "nodes": nodes, "world_size": 2}])
             (config.run_dir / participants.FILE).write_text(text)
-        scratch.call(nodes, list(gone))
-        scratch.welcome_back(list(welcome))
+        begun = clock[0]
         clock[0] += seconds
-        desk.learn(scratch)
-        return orders()
+        memory.learn(AgentReport(members=nodes, away=list(away), returning=list(back), decided_at=begun))
+        return policy()
 
-    passes.first = orders
+    passes.first = policy
+    passes.memory = memory
     return passes
 
 
-def test_the_first_time_all_are_waited_for_and_a_restart_of_node_0_knows_that_they_met(group):
+def test_that_all_nodes_met_once_outlives_a_restart_of_node_0(group):
     assert not group.first().met
     assert group([0, 1]).met
     assert group.first().expected == [0, 1]
 
 
-def test_who_was_gone_is_not_waited_for_again_until_it_is_welcome(group):
+def test_a_node_that_was_away_is_not_waited_for_until_it_is_back(group):
     group([0, 1])
-    assert group([0], gone=[1]).expected == [0]
-    assert group([0], welcome=[1]).expected == [0, 1]
+    assert group([0], away=[1]).expected == [0]
+    assert group([0], back=[1]).expected == [0, 1]
 
 
-def test_who_keeps_leaving_waits_longer_each_time_and_who_stays_starts_over(group):
+def test_a_node_that_keeps_leaving_waits_longer_until_it_stays(group):
     group([0, 1])
     found = []
     for _ in range(7):
-        found.append(group([0], gone=[1]).pauses[1])
-        group([0], welcome=[1])
+        found.append(group([0], away=[1]).pauses[1])
+        group([0], back=[1])
         group([0, 1])
     assert found == [60, 120, 240, 480, 960, 960, 960]
-    group([0, 1], seconds=attendance.LONGEST * 60.0)
-    assert group([0], gone=[1]).pauses[1] == 60
+    group([0, 1], seconds=membership.LONGEST * 60.0)
+    assert group([0], away=[1]).pauses[1] == 60
 
 
-def test_a_finished_run_that_meets_again_expects_everybody(group, tmp_path):
+def test_a_finished_run_that_meets_again_expects_all_nodes(group, tmp_path):
     group([0, 1])
-    assert group([0], gone=[1]).expected == [0]
+    assert group([0], away=[1]).expected == [0]
     (tmp_path / "demo" / "summary.json").write_text('{"epochs": 1000}')
     assert group.first().expected == [0, 1]
 
 
-def test_an_attempt_for_which_nobody_was_called_changes_nothing(group, tmp_path):
+def test_an_attempt_without_members_changes_nothing(group):
     before = group([0, 1])
-    (tmp_path / "called").unlink()
+    group.memory.learn(AgentReport())
     assert group.first() == before
 
 
@@ -124,7 +125,7 @@ def test_an_attempt_for_which_nobody_was_called_changes_nothing(group, tmp_path)
         (["--set", "distributed.world_size=3"], "distributed.world_size is 3, but --nnodes 2 with --nproc-per-node 1"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, words, capsys):
+def test_contradictory_options_are_refused(options, words, capsys):
     from k8scifar.cli import main
 
     arguments = ["launch", "--nnodes=2", "--node-rank=0", "--master-addr=127.0.0.1", "--check", *options]
@@ -138,12 +139,12 @@ def test_options_that_make_no_sense_are_refused(options, words, capsys):
         assert words in line
 
 
-def test_a_number_of_nodes_that_can_never_share_a_batch_is_refused(monkeypatch):
+def test_a_minimum_that_only_all_nodes_could_meet_is_refused(monkeypatch):
     def odd_numbers_only(config, world_size: int) -> None:
         if world_size == 2:
             raise ValueError
 
-    monkeypatch.setattr(attendance, "check_world_size", odd_numbers_only)
+    monkeypatch.setattr(membership, "check_world_size", odd_numbers_only)
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     settings = ["--set=micro_batch=10", "--set=global_batch=30"]
@@ -151,5 +152,5 @@ def test_a_number_of_nodes_that_can_never_share_a_batch_is_refused(monkeypatch):
     with pytest.raises(UserError, match="only all 3 machines can share a global batch"):
         command.node_spec(parser.parse_args([*common, "--min-nodes=2"]), {})
     spec = command.node_spec(parser.parse_args([*common, "--min-nodes=1"]), {})
-    assert spec.is_elastic and attendance.allowed(spec) == [1, 3]
+    assert spec.is_elastic and membership.allowed(spec) == [1, 3]
     assert not command.node_spec(parser.parse_args(common), {}).is_elastic
