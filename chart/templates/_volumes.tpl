@@ -11,7 +11,7 @@
 {{- $set := list -}}
 {{- range $chosen }}{{ $set = append $set (printf "%s.%s" $.key (index $names .)) }}{{ end -}}
 {{- if and .root.Values.local.enabled $set -}}
-{{- fail (printf "\n\nlocal.enabled and %s are both set: with local.enabled each pod has a volume of its own, for data set and checkpoints; keep one of them\n" (join ", " $set)) -}}
+{{- fail (printf "\n\nlocal.enabled and %s are both set: with local.enabled each pod has its own volume for data set and checkpoints; keep one of them\n" (join ", " $set)) -}}
 {{- end -}}
 {{- if gt (len $chosen) 1 -}}
 {{- fail (printf "\n\n%s are both set: a volume comes from one place; keep one of them\n" (join " and " $set)) -}}
