@@ -98,12 +98,12 @@
 {{- end -}}
 {{- end -}}
 
-{{- /* One map of the chart's own keys and the user's, as YAML: of (own, user, path). No key twice, none replaced. */ -}}
+{{- /* Merge the chart's keys (`own`, YAML) and the user's into one map; refuse a user's key that the chart sets. */ -}}
 {{- define "k8scifar.merged" -}}
 {{- $merged := .own | fromYaml -}}
 {{- range $key, $value := .user -}}
 {{- if and (hasKey $merged $key) (ne (index $merged $key) $value) -}}
-{{- fail (printf "\n\n%s.%s is a key that the chart sets itself (to %q): choose another one\n" $.path $key (index $merged $key)) -}}
+{{- fail (printf "\n\n%s.%s is a key that the chart sets (to %q): choose another one\n" $.path $key (index $merged $key)) -}}
 {{- end -}}
 {{- $_ := set $merged $key $value -}}
 {{- end -}}

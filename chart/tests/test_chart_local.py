@@ -252,13 +252,16 @@ OWNER = {"name": "cifar", "namespace": "default"}
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("two-node.yaml",), "or do without a server: -f values/local.yaml (local.enabled=true)"),
+        (
+            ("two-node.yaml",),
+            "or use a volume for each pod without a server: -f values/local.yaml (local.enabled=true)",
+        ),
         ((*LOCAL, "--set=nfs.server=a"), "local.enabled and nfs.server are both set"),
         ((*LOCAL, "--set=dataset.storageClassName=a"), "local.enabled and dataset.storageClassName are both set"),
         ((*LOCAL, "--set=checkpoints.hostPath=/a"), "local.enabled and checkpoints.hostPath are both set"),
         ((*LOCAL, "--set=dataset.nfs.server=a,dataset.nfs.path=/a"), "local.enabled and dataset.nfs.server are both"),
         ((*LOCAL, "--set=checkpoints.existingClaim=a"), "local.enabled and checkpoints.existingClaim are both set"),
-        ((*LOCAL, "job.yaml"), "is for a StatefulSet: a Job's pods have no claims of their own; set workload.kind="),
+        ((*LOCAL, "job.yaml"), "is for a StatefulSet: a Job can't give each pod a claim; set workload.kind="),
         ((*FOLDER, "--set=local.storageClassName=a"), "local.storageClassName and local.hostPath are both set"),
         ((*FOLDER, "--set=podAntiAffinity.mode=preferred"), "pods on one machine would share its folder /srv/k8scifar"),
         ((*NFS, "--set=local.storageClassName=a"), "local.enabled is false: set it to true, or leave"),

@@ -207,7 +207,7 @@ def test_an_upgrade_tells_what_became_of_the_volumes():
     assert len(claims) == 2
     for claim in claims:
         assert f"(claim {claim})" in notes
-    assert "NFS 192.0.2.1:/srv/k8scifar" in notes and "former ones are kept untouched" in notes
+    assert "NFS 192.0.2.1:/srv/k8scifar" in notes and "Former volumes are kept" in notes
     # The test's pod has ended and holds its claim for all that: it goes first.
     assert "kubectl -n lab delete pods,pvc -l app.kubernetes.io/instance=cifar &&" in notes
     assert "kubectl delete pv -l app.kubernetes.io/instance=cifar,k8scifar/namespace=lab" in notes
