@@ -203,7 +203,7 @@ WRONG = {
     "resources.limits.memroy": "6Gi",
 }
 RIGHT = {
-    "image.repository": "k8scifar | reg.example/me/k8scifar | localhost:5000/k8scifar | 10.0.0.1:5000/a/b | [fd00::1]:5000/a",
+    "image.repository": "k8scifar | reg.example/me/k8scifar | localhost:5000/k8 | 10.0.0.1:5000/a/b | [fd00::1]:5000/a",
     "image.tag": "0.1.0 | v1 | sha-0123abc | A_b",
     "nfs.server": "192.168.1.10 | nas | nas.local | fd00::1 | fe80::1:2:3 | 2node.lan | NAS-1 | ::1 | a_b.lan",
     "nfs.path": "/ | /srv/k8scifar | /srv/my data | /srv/.hidden | /mnt/pool0/a..b | /srv/x/ | /srv/ünï",

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kube import Kubectl, ToolError, arguments, exit_code
-from kube_objects import condition, label
+from kube import Kubectl, Release, ToolError, arguments, exit_code
+from kube_objects import condition, label, named
 from scaling_chart import OVERRIDES, Chart, stateful_set
 from scaling_record import Record
 from scaling_run import Failed, Run
@@ -65,7 +65,7 @@ def check(chart: Chart, nodes: int) -> None:
 def fitting(kubectl: Kubectl, spec: dict[str, Any]) -> list[str] | None:
     """The machines that take a pod of this spec; None if the user may not list nodes."""
     items = kubectl.items("nodes", "--ignore-not-found")
-    return None if items is None else [item["metadata"]["name"] for item in items if fits(spec, item)]
+    return None if items is None else [named(item) for item in items if fits(spec, item)]
 
 
 def fits(spec: dict[str, Any], node: dict[str, Any]) -> bool:
@@ -95,9 +95,12 @@ def uninstall(chart: Chart) -> None:
         return
     chart.uninstall()
     print(f"release {chart.release} is uninstalled", flush=True)
-    chosen = f"-l app.kubernetes.io/instance={chart.release}"
-    items = chart.kubectl.items("persistentvolumeclaims", f"--selector={chosen.removeprefix('-l ')}") or []
-    if claims := [item["metadata"]["name"] for item in items if not item["metadata"].get("deletionTimestamp")]:
+    try:
+        kept = Release.find(chart.release, chart.kubectl).claims_of_all_kinds()
+    except ToolError:  # nothing is left of it
+        return
+    if claims := [named(item) for item in kept if not item["metadata"].get("deletionTimestamp")]:
+        chosen = f"-l app.kubernetes.io/instance={chart.release}"
         print(
             f"its claims stay, with data set and runs: {', '.join(claims)}; to delete them:\n"
             f"  kubectl {chart.kubectl.options()} delete pods,pvc,configmaps {chosen} && "
