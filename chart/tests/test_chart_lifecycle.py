@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from chart_helpers import FILES, NFS, ROOT, component, container, layers, one, pods, render, run, trainer
+from chart_helpers import FILES, NFS, ROOT, container, layers, one, pods, render, run, trainer
 
 pytestmark = pytest.mark.helm
 BIN = Path(sys.executable).parent
@@ -110,10 +111,16 @@ def test_a_start_may_take_as_long_as_it_is_given(seconds):
     assert int(tries) < given["timeoutSeconds"]
 
 
-def test_the_liveness_probe_says_why_in_one_line(tmp_path):
-    here = probe(container(trainer(render(*NFS))), "livenessProbe", beat=("/tmp/heartbeat", str(tmp_path / "none")))
-    done = subprocess.run(here, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "no heartbeat for 600 s\n", "")
+def test_the_liveness_probe_fails_for_an_old_heartbeat_in_one_line(tmp_path):
+    beat = tmp_path / "heartbeat"
+    here = probe(container(trainer(render(*NFS))), "livenessProbe", beat=("/tmp/heartbeat", str(beat)))
+    late = (1, "no heartbeat for 600 s\n", "")
+    for age, expected in ((None, late), (0, (0, "", "")), (601, late)):
+        if age is not None:
+            beat.touch()
+            os.utime(beat, (time.time() - age, time.time() - age))
+        done = subprocess.run(here, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == expected, age
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
@@ -146,7 +153,7 @@ def test_the_tests_pod_lets_go_of_its_claim_where_its_log_can_be_had(major, poli
 
 
 @pytest.mark.parametrize("kind", ["StatefulSet", "Job"])
-def test_every_container_of_the_training_pod_knows_whose_it_is(kind):
+def test_every_container_knows_its_release(kind):
     objects = render(*NFS, "--namespace=lab", f"--set=workload.kind={kind}", release="mine")
     fields = {
         "POD_NAME": "metadata.name",
@@ -161,6 +168,8 @@ def test_every_container_of_the_training_pod_knows_whose_it_is(kind):
         assert there["K8SCIFAR_RELEASE"]["value"] == "lab/mine"
         for name, path in fields.items():
             assert there[name]["valueFrom"] == {"fieldRef": {"fieldPath": path}}
+    for reader in pods(objects):  # TensorBoard's and the test's pods, too
+        assert {"name": "K8SCIFAR_RELEASE", "value": "lab/mine"} in reader["containers"][0]["env"]
 
 
 def test_notes_say_when_images_are_made_up():
@@ -198,11 +207,3 @@ def test_the_commands_of_the_notes_work_while_the_pods_still_initialise(api):
     assert "maximum allowed concurrency" not in done["logs"].stderr
     deletes = [" ".join(command) for command in commands if "delete" in command]
     assert deletes[0] == "kubectl -n lab delete pod cifar-0", "of a former revision that hangs"
-
-
-def test_whoever_reads_a_run_folder_knows_whose_it_must_be():
-    objects = render(*NFS, "--namespace=lab", release="mine")
-    deployment = component(objects, "Deployment", "tensorboard")
-    for pod in (component(objects, "Pod", "status"), deployment["spec"]["template"]):
-        (item,) = pod["spec"]["containers"]
-        assert {"name": "K8SCIFAR_RELEASE", "value": "lab/mine"} in item["env"]

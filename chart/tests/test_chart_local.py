@@ -83,24 +83,6 @@ def test_folders_of_the_machines_are_kept_for_one_pods_claim_each():
         assert "helm.sh/resource-policy" not in item["metadata"].get("annotations", {})
 
 
-def test_names_are_legal_and_their_own():
-    seen = set()
-    for namespace, release in (
-        ("a", "b-c"),
-        ("a-b", "c"),
-        ("n" * 63, "x" * 53),
-        ("n" * 63, "x" * 52 + "y"),
-        ("a", "1.2"),
-    ):
-        objects = render(*FOLDER, f"--namespace={namespace}", release=release)
-        name = one(objects, "StatefulSet")["metadata"]["name"]
-        assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) + 11 <= 63
-        found = [item["metadata"]["name"] for item in objects if item["kind"] == "PersistentVolume"]
-        assert all(re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", each) for each in found), found
-        assert len(found) == 2 and not seen & set(found)
-        seen |= set(found)
-
-
 def test_what_derives_from_the_workloads_name_follows_it():
     objects = render(*LOCAL, "--set=completion.policy=scaleDown")
     name = one(objects, "StatefulSet")["metadata"]["name"]

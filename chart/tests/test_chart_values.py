@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import yaml
 from chart_cases import DEFAULTS, leaves, put
-from chart_helpers import CHART, NFS, container, refused, render, run, trainer
+from chart_helpers import CHART, NFS, container, refused, run, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from k8scifar.config import loading
@@ -81,15 +81,6 @@ def test_bad_values_are_refused_with_a_sentence(options, words, major):
     said = refused(*options, major=major)
     assert words in said
     assert "nil pointer" not in said and "executing" not in said
-
-
-def test_a_learning_rate_on_the_command_line_reaches_the_trainer(tmp_path):
-    from chart_helpers import one
-
-    objects = render(*NFS, "--set=train.optimizer.lr=0.05")
-    path = tmp_path / "train.yaml"
-    path.write_text(one(objects, "ConfigMap")["data"]["train.yaml"])
-    assert loading.load(path).optimizer.lr == 0.05
 
 
 @pytest.mark.parametrize("what", ["schema", "docs"])

@@ -270,6 +270,15 @@ def test_wrong_contexts_releases_and_credentials_are_one_line(api, rendered):
         assert len(done.stderr.splitlines()) == 1
 
 
+def test_logs_of_pods_that_have_not_come_so_far(api, rendered):
+    waiting = pod(rendered, "cifar-1", "trainer", RUNNING, "prepare")
+    early = pod(rendered, "cifar-0", "trainer", {"waiting": {"reason": "ImagePullBackOff"}}, "preflight")
+    api.items = installed(rendered, early, waiting)
+    done = api.run("cluster", "logs")
+    assert done.returncode == 0, done.stderr
+    assert "log of preflight" in done.stdout and "log of prepare" in done.stdout
+
+
 def test_a_silent_cluster_is_one_line(stage):
     said = (
         "Unable to connect to the server: net/http: request canceled (Client.Timeout exceeded while awaiting headers)"
