@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import helm as helm_finder
@@ -22,42 +21,30 @@ INSIDE = "/k8scifar"  # where values/kind.yaml and values/minikube.yaml expect t
 CONTAINER_USER = 1000  # of the pods if root calls this: they never run as root
 
 
-@dataclass(frozen=True)
-class Tool:
-    """The commands of a program that makes clusters; {folder} and {image} are filled in."""
-
-    context: str
-    list: str
-    create: str
-    load: str
-    delete: str
-    values: str = "kind.yaml"
-
-
+# For each tool kubectl's context and the commands, in which {folder} and {image} are replaced.
 TOOLS = {
-    "kind": Tool(
-        context=f"kind-{NAME}",
-        list="kind get clusters",
-        create=f"kind create cluster --name={NAME} --config=- --wait=180s",
-        load=f"kind load docker-image {{image}} --name={NAME}",
-        delete=f"kind delete cluster --name={NAME}",
-    ),
-    "k3d": Tool(
-        context=f"k3d-{NAME}",
-        list="k3d cluster list --no-headers",
-        create=f"k3d cluster create {NAME} --agents=2 --volume={{folder}}:{INSIDE}@all --wait",
-        load=f"k3d image import {{image}} --cluster={NAME}",
-        delete=f"k3d cluster delete {NAME}",
-    ),
-    "minikube": Tool(
-        context=NAME,
-        list="minikube profile list --output=json",
-        create=f"minikube start --profile={NAME} --driver=docker --nodes=2 --memory=4g"
-        f" --mount --mount-string={{folder}}:{INSIDE}",
-        load=f"minikube --profile={NAME} image load {{image}}",
-        delete=f"minikube delete --profile={NAME}",
-        values="minikube.yaml",
-    ),
+    "kind": {
+        "context": f"kind-{NAME}",
+        "list": "kind get clusters",
+        "create": f"kind create cluster --name={NAME} --config=- --wait=180s",
+        "load": f"kind load docker-image {{image}} --name={NAME}",
+        "delete": f"kind delete cluster --name={NAME}",
+    },
+    "k3d": {
+        "context": f"k3d-{NAME}",
+        "list": "k3d cluster list --no-headers",
+        "create": f"k3d cluster create {NAME} --agents=2 --volume={{folder}}:{INSIDE}@all --wait",
+        "load": f"k3d image import {{image}} --cluster={NAME}",
+        "delete": f"k3d cluster delete {NAME}",
+    },
+    "minikube": {
+        "context": NAME,
+        "list": "minikube profile list --output=json",
+        "create": f"minikube start --profile={NAME} --driver=docker --nodes=2 --memory=4g --mount"
+        f" --mount-string={{folder}}:{INSIDE}",
+        "load": f"minikube --profile={NAME} image load {{image}}",
+        "delete": f"minikube delete --profile={NAME}",
+    },
 }
 
 
@@ -82,14 +69,14 @@ def ready() -> None:
         raise ToolError(f"docker does not answer ({reason}); start it, e.g. sudo systemctl start docker")
 
 
-def filled(command: str, folder: Path | None = None, image: str = "") -> list[str]:
-    """The words of a command."""
-    return [word.format(folder=folder, image=image) for word in command.split()]
+def command(tool: str, task: str, **replaced: str | Path) -> list[str]:
+    """The words of a tool's command."""
+    return [word.format(**replaced) for word in TOOLS[tool][task].split()]
 
 
 def exists(tool: str) -> bool:
     """Whether the cluster exists."""
-    text = subprocess.run(TOOLS[tool].list.split(), text=True, capture_output=True).stdout
+    text = subprocess.run(command(tool, "list"), text=True, capture_output=True).stdout
     if tool == "minikube":
         try:
             return any(profile["Name"] == NAME for profile in json.loads(text).get("valid", []))
@@ -103,7 +90,7 @@ def create(tool: str, folder: Path) -> None:
     mount = {"extraMounts": [{"hostPath": str(folder), "containerPath": INSIDE}]}
     nodes = [{"role": "control-plane"}, {"role": "worker"} | mount, {"role": "worker"} | mount]
     config = json.dumps({"kind": "Cluster", "apiVersion": "kind.x-k8s.io/v1alpha4", "nodes": nodes})
-    call(filled(TOOLS[tool].create, folder), given=config if tool == "kind" else None)
+    call(command(tool, "create", folder=folder), given=config if tool == "kind" else None)
 
 
 def load(tool: str) -> None:
@@ -111,7 +98,7 @@ def load(tool: str) -> None:
     image = engine.name()
     if engine.run(["docker", "image", "inspect", image]).returncode:
         call([sys.executable, str(ROOT / "image/tools/image.py"), "build"], environment={"ENGINE": "docker"})
-    call(filled(TOOLS[tool].load, image=image))
+    call(command(tool, "load", image=image))
 
 
 def install(tool: str, release: str, namespace: str, uid: int, options: list[str]) -> None:
@@ -121,17 +108,12 @@ def install(tool: str, release: str, namespace: str, uid: int, options: list[str
     except LookupError as error:
         raise ToolError(str(error)) from None
     repository, _, tag = engine.name().rpartition(":")
+    values = "minikube.yaml" if tool == "minikube" else "kind.yaml"
+    context = TOOLS[tool]["context"]
     call(
         [
-            *(
-                found,
-                "upgrade",
-                "--install",
-                release,
-                str(ROOT / "chart"),
-                f"--values={ROOT / 'values' / TOOLS[tool].values}",
-            ),
-            *(f"--kube-context={TOOLS[tool].context}", f"--namespace={namespace}", "--create-namespace"),
+            *(found, "upgrade", "--install", release, str(ROOT / "chart"), f"--values={ROOT / 'values' / values}"),
+            *(f"--kube-context={context}", f"--namespace={namespace}", "--create-namespace"),
             *(f"--set=user.uid={uid}", f"--set=image.repository={repository}", f"--set=image.tag={tag}", *options),
         ]
     )
@@ -151,7 +133,8 @@ def up(tool: str, folder: Path, release: str, namespace: str, options: list[str]
         create(tool, folder)
     load(tool)
     install(tool, release, namespace, uid, options)
-    print(f"\nthe training is in {folder}/runs; kubectl's context is now {TOOLS[tool].context}. What next:")
+    context = TOOLS[tool]["context"]
+    print(f"\nthe training is in {folder}/runs; kubectl's context is now {context}. What next:")
     print("  make status    make logs    make tensorboard-cluster    make results    make down")
     return 0
 
@@ -163,18 +146,18 @@ def down(asked: str, folder: Path) -> int:
     if not there:
         print(f"there is no cluster {NAME} of {' or '.join(tools)}: nothing to do")
     for tool in there:
-        call(TOOLS[tool].delete.split())
+        call(command(tool, "delete"))
     if folder.exists():
         print(f"data and runs stay in {folder}")
     return 0
 
 
-def call(command: list[str], given: str | None = None, environment: dict[str, str] | None = None) -> None:
+def call(words: list[str], given: str | None = None, environment: dict[str, str] | None = None) -> None:
     """Print and run a command. Raises ToolError if it fails."""
-    print("+ " + " ".join(command), flush=True)
-    done = subprocess.run(command, input=given, text=True, env=os.environ | (environment or {}))
+    print("+ " + " ".join(words), flush=True)
+    done = subprocess.run(words, input=given, text=True, env=os.environ | (environment or {}))
     if done.returncode:
-        raise ToolError(f"'{' '.join(Path(word).name for word in command[:3])}' failed; its messages are above")
+        raise ToolError(f"'{' '.join(Path(word).name for word in words[:3])}' failed; its messages are above")
 
 
 def main(words: list[str]) -> int:
