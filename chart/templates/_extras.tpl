@@ -1,4 +1,4 @@
-{{- /* What the user adds to the training pod must not take the place of what the chart puts there. */ -}}
+{{- /* Refuse additions to the training pod that would replace the chart's own parts. */ -}}
 {{- define "k8scifar.validateExtras" -}}
 {{- $names := list "POD_NAME" "POD_UID" "POD_NAMESPACE" "NODE_NAME" "JOB_COMPLETION_INDEX" "K8SCIFAR_RELEASE" "K8SCIFAR_HEARTBEAT" "K8SCIFAR_STATEFULSET" -}}
 {{- if .Values.dataset.s3Endpoint -}}
@@ -7,10 +7,10 @@
 {{- $seen := list -}}
 {{- range $index, $item := .Values.extraEnv -}}
 {{- if has $item.name $names -}}
-{{- fail (printf "\n\nextraEnv[%d].name %s is a variable that the chart sets itself: choose another name\n" $index $item.name) -}}
+{{- fail (printf "\n\nextraEnv[%d].name %s is a variable that the chart sets: choose another name\n" $index $item.name) -}}
 {{- end -}}
 {{- if has $item.name $seen -}}
-{{- fail (printf "\n\nextraEnv names %s twice: keep one of them\n" $item.name) -}}
+{{- fail (printf "\n\nextraEnv has %s twice: keep one of them\n" $item.name) -}}
 {{- end -}}
 {{- $seen = append $seen $item.name -}}
 {{- end -}}
@@ -18,10 +18,10 @@
 {{- $volumes := list -}}
 {{- range $index, $item := .Values.extraVolumes -}}
 {{- if has $item.name $own -}}
-{{- fail (printf "\n\nextraVolumes[%d].name %s is a volume of the chart's own (%s): choose another name\n" $index $item.name (join ", " $own)) -}}
+{{- fail (printf "\n\nextraVolumes[%d].name %s is a volume of the chart (%s): choose another name\n" $index $item.name (join ", " $own)) -}}
 {{- end -}}
 {{- if has $item.name $volumes -}}
-{{- fail (printf "\n\nextraVolumes names %s twice: keep one of them\n" $item.name) -}}
+{{- fail (printf "\n\nextraVolumes has %s twice: keep one of them\n" $item.name) -}}
 {{- end -}}
 {{- $volumes = append $volumes $item.name -}}
 {{- end -}}
@@ -30,11 +30,11 @@
 {{- range $index, $item := .Values.extraVolumeMounts -}}
 {{- $path := trimSuffix "/" $item.mountPath -}}
 {{- if not (has $item.name (concat $volumes $own)) -}}
-{{- fail (printf "\n\nextraVolumeMounts[%d].name %s is no volume of extraVolumes: add it there, or correct the name\n" $index $item.name) -}}
+{{- fail (printf "\n\nextraVolumeMounts[%d].name %s is not a volume of extraVolumes: add it there, or correct the name\n" $index $item.name) -}}
 {{- end -}}
 {{- range $taken -}}
 {{- if or (eq $path .) (hasPrefix (printf "%s/" $path) .) -}}
-{{- fail (printf "\n\nextraVolumeMounts[%d].mountPath %s would hide %s, which the chart mounts itself: choose another path\n" $index $item.mountPath .) -}}
+{{- fail (printf "\n\nextraVolumeMounts[%d].mountPath %s would hide %s, which the chart mounts: choose another path\n" $index $item.mountPath .) -}}
 {{- end -}}
 {{- end -}}
 {{- if has $path $mounted -}}
@@ -43,6 +43,6 @@
 {{- $mounted = append $mounted $path -}}
 {{- end -}}
 {{- if and .Values.gpu.enabled (hasKey (default dict .Values.resources.limits) .Values.gpu.resourceName) -}}
-{{- fail (printf "\n\nresources.limits names %s, which gpu.perNode sets: remove it there\n" .Values.gpu.resourceName) -}}
+{{- fail (printf "\n\nresources.limits has %s, which gpu.perNode sets: remove it there\n" .Values.gpu.resourceName) -}}
 {{- end -}}
 {{- end -}}

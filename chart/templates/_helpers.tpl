@@ -13,7 +13,7 @@
 {{- ternary .Values.gpu.perNode .Values.processesPerNode .Values.gpu.enabled | int64 -}}
 {{- end -}}
 
-{{- /* The trainer's configuration: `train`, whose empty name becomes the release's; with GPUs it never falls back to the CPU. */ -}}
+{{- /* The trainer's configuration: `train` with the release's name as default, and with GPUs never the CPU. */ -}}
 {{- define "k8scifar.config" -}}
 {{- $train := deepCopy .Values.train -}}
 {{- if not $train.name -}}
@@ -32,7 +32,7 @@
 {{- and (eq .Values.completion.policy "scaleDown") (eq .Values.workload.kind "StatefulSet") -}}
 {{- end -}}
 
-{{- /* Whether training goes on without a machine that is gone for long. */ -}}
+{{- /* Whether training goes on without a machine that has been away for long. */ -}}
 {{- define "k8scifar.isElastic" -}}
 {{- $wanted := .Values.elastic.enabled -}}
 {{- if kindIs "invalid" $wanted -}}

@@ -2,9 +2,9 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
-{{- /* The objects' name: a DNS-1035 label of at most 40 letters (a StatefulSet's revision and a Job's hash follow it),
-     another one for each release. The release's name, with the chart's behind it where neither holds the other;
-     where that is no such label, is too long, or is what another release may be called, a hash tells them apart. */ -}}
+{{- /* The objects' name: a DNS-1035 label of at most 40 letters, because a StatefulSet's revision and a Job's hash follow
+     it. It is the release's name, followed by the chart's unless one contains the other. A hash makes it unique if it is
+     not such a label, is too long, or may be another release's name. */ -}}
 {{- define "k8scifar.fullname" -}}
 {{- $chart := include "k8scifar.name" . -}}
 {{- $release := .Release.Name -}}
@@ -35,7 +35,7 @@ app.kubernetes.io/part-of: k8scifar
 {{ include "k8scifar.selector" . }}
 {{- end -}}
 
-{{- /* Of pods: without the chart's version, so that a new chart alone does not restart a training. */ -}}
+{{- /* Labels of pods, without the chart's version, so that a new chart alone does not restart a training. */ -}}
 {{- define "k8scifar.podLabels" -}}
 {{ include "k8scifar.selector" . }}
 app.kubernetes.io/part-of: k8scifar
@@ -46,7 +46,7 @@ app.kubernetes.io/name: {{ include "k8scifar.name" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
-{{- /* Labels and annotations of the StatefulSet or Job itself. */ -}}
+{{- /* Labels and annotations of the StatefulSet or Job. */ -}}
 {{- define "k8scifar.workloadMetadata" -}}
 labels:
   {{- $own := printf "%s\napp.kubernetes.io/component: trainer" (include "k8scifar.labels" .) }}
@@ -60,8 +60,8 @@ annotations:
 {{- printf "%s-%s" (include "k8scifar.fullname" .) (include "k8scifar.config" . | sha256sum | trunc 10) -}}
 {{- end -}}
 
-{{- /* A StatefulSet keeps its name, but of one with claims of its own these can't be changed: others make another one. A
-     Job can't be changed at all, so that another pod template makes another Job. */ -}}
+{{- /* The name of the StatefulSet or Job. What can't be changed gets another name with another value: a StatefulSet's
+     claim template, and a whole Job. */ -}}
 {{- define "k8scifar.workloadName" -}}
 {{- $name := include "k8scifar.fullname" . -}}
 {{- if eq .Values.workload.kind "Job" -}}

@@ -49,8 +49,8 @@ spec:
   {{- end }}
   securityContext:
     {{- include "k8scifar.podSecurity" . | nindent 4 }}
-  # What is local is checked and prepared here. No init container waits for another pod: a rolling upgrade replaces one
-  # pod at a time, and goes on when that one is Ready, so that waiting for peers is the trainer's own.
+  # No init container waits for another pod: a rolling upgrade replaces the next pod when this one is Ready. The trainer
+  # waits for its peers and is Ready meanwhile.
   initContainers:
     {{- if .Values.preflight.enabled }}
     - name: preflight
@@ -81,7 +81,7 @@ spec:
         - secretRef:
             name: {{ . | quote }}
       {{- end }}
-      # Under tini, as the image's own entry point is: process 1 without a handler does not hear SIGTERM.
+      # tini is process 1 and passes SIGTERM on, which a process 1 without a handler ignores.
       command:
         - tini
         - --
@@ -129,7 +129,7 @@ spec:
           {{- if .Values.hostNetwork }}
           hostPort: {{ .Values.rendezvous.port | int64 }}
           {{- end }}
-      # It waits in the container, so that an ordinary start is no row of failed probes in the events.
+      # The probe waits in the container, so that an ordinary start causes no events of failed probes.
       startupProbe:
         exec:
           command:
@@ -189,12 +189,12 @@ spec:
     {{- end }}
 {{- end -}}
 
-{{- /* The heartbeat is fresh: a file that a former container left behind is not. */ -}}
+{{- /* A shell function: whether the heartbeat is fresh. The file may be a former container's. */ -}}
 {{- define "k8scifar.fresh" -}}
 fresh() { test $(( $(date +%s) - $(stat -c %Y /tmp/heartbeat 2>/dev/null || echo 0) )) -le {{ .Values.probes.livenessSeconds | int64 }}; }
 {{- end -}}
 
-{{- /* What every container of the training pod shares. */ -}}
+{{- /* What all containers of the training pod share. */ -}}
 {{- define "k8scifar.container" -}}
 image: {{ include "k8scifar.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -218,7 +218,7 @@ env:
     valueFrom:
       fieldRef:
         fieldPath: spec.nodeName
-  # Whose run folders these are.
+  # The owner of the run folders.
   - name: K8SCIFAR_RELEASE
     value: {{ printf "%s/%s" .Release.Namespace .Release.Name | quote }}
   - name: K8SCIFAR_HEARTBEAT

@@ -1,17 +1,18 @@
-{{- /* First in each template: what a null, or values of an older chart, left out becomes the chart's own default;
-     numbers that came as text become numbers; then everything is checked. Done once, in place. */ -}}
+{{- /* Included first in each template: complete and check .Values in place, once. A null, or a key that an older chart's
+     values lack, becomes the default; numbers that came as text become numbers. files/rules.json has what it needs. */ -}}
 {{- define "k8scifar.values" -}}
 {{- if not (hasKey .Values "_whole") -}}
-{{- $facts := .Files.Get "files/rules.yaml" | fromYaml -}}
-{{- include "k8scifar.fill" (dict "values" .Values "defaults" $facts.defaults "free" $facts.free "path" "") -}}
+{{- $rules := .Files.Get "files/rules.json" | fromJson -}}
+{{- include "k8scifar.fill" (dict "values" .Values "defaults" $rules.defaults "maps" $rules.maps "path" "") -}}
 {{- range $resources := list .Values.resources .Values.initResources .Values.tensorboard.resources -}}
 {{- include "k8scifar.quantities" $resources -}}
 {{- end -}}
-{{- range $path, $limits := $facts.numbers -}}
-{{- include "k8scifar.number" (dict "node" $.Values.train "rest" (splitList "." $path) "path" "train" "limits" $limits) -}}
+{{- range $path, $limits := $rules.numbers -}}
+{{- include "k8scifar.at" (dict "holder" $.Values "key" "train" "path" "train" "rest" (splitList "." $path) "check" "k8scifar.number" "rule" $limits) -}}
 {{- end -}}
-{{- range $path, $rule := $facts.rules -}}
-{{- include "k8scifar.rule" (dict "node" $.Values "rest" (splitList "." $path) "path" "" "rule" $rule) -}}
+{{- range $path, $type := $rules.texts -}}
+{{- $keys := splitList "." $path -}}
+{{- include "k8scifar.at" (dict "holder" $.Values "key" (first $keys) "path" (first $keys) "rest" (rest $keys) "check" "k8scifar.text" "rule" (index $rules.types $type)) -}}
 {{- end -}}
 {{- include "k8scifar.validate" . -}}
 {{- include "k8scifar.validateExtras" . -}}
@@ -19,20 +20,20 @@
 {{- end -}}
 {{- end -}}
 
-{{- /* Set each default whose key is not there or null; a map of the user's own keys (`free`) is taken as it is. */ -}}
+{{- /* Set each default whose key is missing or null; in the user's own maps (`maps`) null takes a key away. */ -}}
 {{- define "k8scifar.fill" -}}
 {{- range $key, $default := .defaults -}}
 {{- $path := printf "%s%s" $.path $key -}}
 {{- $value := index $.values $key -}}
 {{- if kindIs "invalid" $value -}}
 {{- $_ := set $.values $key $default -}}
-{{- else if and (kindIs "map" $default) (kindIs "map" $value) (not (has $path $.free)) -}}
-{{- include "k8scifar.fill" (dict "values" $value "defaults" $default "free" $.free "path" (printf "%s." $path)) -}}
+{{- else if and (kindIs "map" $default) (kindIs "map" $value) (not (hasKey $.maps $path)) -}}
+{{- include "k8scifar.fill" (dict "values" $value "defaults" $default "maps" $.maps "path" (printf "%s." $path)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 
-{{- /* Each amount of a resource becomes text: `--set` brings 0.5 as text, a file as a number. */ -}}
+{{- /* Write each amount of a resource as text: `--set` gives 0.5 as text, a file as a number. */ -}}
 {{- define "k8scifar.quantities" -}}
 {{- range $side := list "limits" "requests" -}}
 {{- $amounts := index $ $side -}}
@@ -45,65 +46,64 @@
 {{- end -}}
 {{- end -}}
 
-{{- /* `--set a=0.1` brings text where a file brings a number: make it the number, within the limits of the schema. */ -}}
-{{- define "k8scifar.number" -}}
-{{- $key := first .rest -}}
-{{- if eq $key "[]" -}}
-{{- range $index, $item := .node -}}
-{{- include "k8scifar.number" (dict "node" $item "rest" (rest $.rest) "path" (printf "%s[%d]" $.path $index) "limits" $.limits) -}}
-{{- end -}}
-{{- else if kindIs "map" .node -}}
-{{- $value := index .node $key -}}
-{{- $path := printf "%s.%s" .path $key -}}
-{{- if and (gt (len .rest) 1) (not (kindIs "invalid" $value)) -}}
-{{- include "k8scifar.number" (dict "node" $value "rest" (rest .rest) "path" $path "limits" .limits) -}}
-{{- else if kindIs "string" $value -}}
-{{- $number := float64 $value -}}
-{{- range $limit, $words := dict "minimum" "at least" "maximum" "at most" "exclusiveMinimum" "more than" "exclusiveMaximum" "less than" -}}
-{{- $bound := index $.limits $limit | float64 -}}
-{{- $low := or (and (eq $limit "minimum") (lt $number $bound)) (and (eq $limit "exclusiveMinimum") (le $number $bound)) -}}
-{{- $high := or (and (eq $limit "maximum") (gt $number $bound)) (and (eq $limit "exclusiveMaximum") (ge $number $bound)) -}}
-{{- if and (hasKey $.limits $limit) (or $low $high) -}}
-{{- fail (printf "\n\n%s %s must be %s %g\n" $path $value $words $bound) -}}
-{{- end -}}
-{{- end -}}
-{{- $_ := set .node $key $number -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-
-{{- /* Refuse text that does not fit its rule, naming the value: a path's last letters may be [] for the items of a
-     list, {} for the values of a map and {key} for its keys. */ -}}
-{{- define "k8scifar.rule" -}}
-{{- if kindIs "invalid" .node -}}
+{{- /* Include the template `check` for each value that a path leads to: of (holder, key, path, rest, check, rule). The
+     value is the holder's at the key; `rest` are the further steps: a key, [] for the items of a list, {} for the
+     values of a map, {key} for its keys. */ -}}
+{{- define "k8scifar.at" -}}
+{{- $node := index .holder .key -}}
+{{- if kindIs "invalid" $node -}}
 {{- else if not .rest -}}
-{{- if and (kindIs "string" .node) (not (regexMatch .rule.pattern .node)) -}}
-{{- fail (printf "\n\n%s %q %s\n" .path .node .rule.words) -}}
+{{- include .check (dict "holder" .holder "key" .key "value" $node "path" .path "rule" .rule) -}}
+{{- else -}}
+{{- $step := first .rest -}}
+{{- $next := dict "rest" (rest .rest) "check" .check "rule" .rule -}}
+{{- if eq $step "[]" -}}
+{{- range $index, $_ := $node -}}
+{{- include "k8scifar.at" (merge (dict "holder" $node "key" $index "path" (printf "%s[%d]" $.path $index)) $next) -}}
 {{- end -}}
-{{- else if eq (first .rest) "[]" -}}
-{{- range $index, $item := .node -}}
-{{- include "k8scifar.rule" (dict "node" $item "rest" (rest $.rest) "path" (printf "%s[%d]" $.path $index) "rule" $.rule) -}}
+{{- else if eq $step "{}" -}}
+{{- range $key, $_ := $node -}}
+{{- include "k8scifar.at" (merge (dict "holder" $node "key" $key "path" (printf "%s.%s" $.path $key)) $next) -}}
 {{- end -}}
-{{- else if eq (first .rest) "{}" -}}
-{{- range $key, $item := .node -}}
-{{- include "k8scifar.rule" (dict "node" $item "rest" (rest $.rest) "path" (printf "%s.%s" $.path $key) "rule" $.rule) -}}
-{{- end -}}
-{{- else if eq (first .rest) "{key}" -}}
-{{- range $key, $item := .node -}}
-{{- include "k8scifar.rule" (dict "node" $key "rest" list "path" (printf "%s: the key" $.path) "rule" $.rule) -}}
+{{- else if eq $step "{key}" -}}
+{{- range $key, $_ := $node -}}
+{{- include "k8scifar.at" (merge (dict "holder" (dict "key" $key) "key" "key" "path" (printf "%s: the key" $.path)) $next) -}}
 {{- end -}}
 {{- else -}}
-{{- $path := printf "%s.%s" .path (first .rest) | trimPrefix "." -}}
-{{- include "k8scifar.rule" (dict "node" (index .node (first .rest)) "rest" (rest .rest) "path" $path "rule" .rule) -}}
+{{- include "k8scifar.at" (merge (dict "holder" $node "key" $step "path" (printf "%s.%s" .path $step)) $next) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
-{{- /* One map of the chart's own keys and the user's, as YAML: of (own, user, path). No key twice, none replaced. */ -}}
+{{- /* Replace a number that came as text, as `--set a=0.1` gives it, by the number, and refuse one beyond the limits. */ -}}
+{{- define "k8scifar.number" -}}
+{{- if kindIs "string" .value -}}
+{{- $number := float64 .value -}}
+{{- range $limit, $words := dict "minimum" "at least" "maximum" "at most" "exclusiveMinimum" "more than" "exclusiveMaximum" "less than" -}}
+{{- $bound := index $.rule $limit | float64 -}}
+{{- $low := or (and (eq $limit "minimum") (lt $number $bound)) (and (eq $limit "exclusiveMinimum") (le $number $bound)) -}}
+{{- $high := or (and (eq $limit "maximum") (gt $number $bound)) (and (eq $limit "exclusiveMaximum") (ge $number $bound)) -}}
+{{- if and (hasKey $.rule $limit) (or $low $high) -}}
+{{- fail (printf "\n\n%s %s must be %s %g\n" $.path $.value $words $bound) -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set .holder .key $number -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Refuse a text that does not match the pattern of its type. */ -}}
+{{- define "k8scifar.text" -}}
+{{- if and (kindIs "string" .value) (not (regexMatch .rule.pattern .value)) -}}
+{{- fail (printf "\n\n%s %q %s\n" .path .value .rule.sentence) -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Merge the chart's keys (`own`, YAML) and the user's into one map; refuse a user's key that the chart sets. */ -}}
 {{- define "k8scifar.merged" -}}
 {{- $merged := .own | fromYaml -}}
 {{- range $key, $value := .user -}}
 {{- if and (hasKey $merged $key) (ne (index $merged $key) $value) -}}
-{{- fail (printf "\n\n%s.%s is a key that the chart sets itself (to %q): choose another one\n" $.path $key (index $merged $key)) -}}
+{{- fail (printf "\n\n%s.%s is a key that the chart sets (to %q): choose another one\n" $.path $key (index $merged $key)) -}}
 {{- end -}}
 {{- $_ := set $merged $key $value -}}
 {{- end -}}

@@ -1,5 +1,4 @@
-{{- /* Which volume source a volume's values choose: of (root, key) one of local, nfs, storageClass, claim,
-     hostPath, commonNfs. */ -}}
+{{- /* The source of a volume (root, key): local, nfs, storageClass, claim, hostPath or commonNfs. */ -}}
 {{- define "k8scifar.source" -}}
 {{- $volume := index .root.Values .key -}}
 {{- $chosen := list -}}
@@ -11,7 +10,7 @@
 {{- $set := list -}}
 {{- range $chosen }}{{ $set = append $set (printf "%s.%s" $.key (index $names .)) }}{{ end -}}
 {{- if and .root.Values.local.enabled $set -}}
-{{- fail (printf "\n\nlocal.enabled and %s are both set: with local.enabled each pod has a volume of its own, for data set and checkpoints; keep one of them\n" (join ", " $set)) -}}
+{{- fail (printf "\n\nlocal.enabled and %s are both set: with local.enabled each pod has its own volume for data set and checkpoints; keep one of them\n" (join ", " $set)) -}}
 {{- end -}}
 {{- if gt (len $chosen) 1 -}}
 {{- fail (printf "\n\n%s are both set: a volume comes from one place; keep one of them\n" (join " and " $set)) -}}
@@ -19,13 +18,14 @@
 {{- first (append $chosen (ternary "local" "commonNfs" .root.Values.local.enabled)) -}}
 {{- end -}}
 
-{{- /* Where a volume's files are, in words: of (root, key). Two volumes of one place have the same. */ -}}
+{{- /* Describe where the files of a volume (root, key) are; equal texts are equal places. volumeHash contains this text:
+     another wording for shared volumes would make other volumes at an upgrade. */ -}}
 {{- define "k8scifar.place" -}}
 {{- $volume := index .root.Values .key -}}
 {{- $source := include "k8scifar.source" . -}}
 {{- if eq $source "local" -}}
 {{- with .root.Values.local -}}
-a volume of the pod's own, {{ if .hostPath }}folder {{ .hostPath }} of its machine{{ else if .storageClassName }}of storage class {{ .storageClassName }}{{ else }}of the cluster's default storage class{{ end }}
+a volume for each pod, {{ if .hostPath }}folder {{ .hostPath }} of its machine{{ else if .storageClassName }}of storage class {{ .storageClassName }}{{ else }}of the cluster's default storage class{{ end }}
 {{- end -}}
 {{- else if eq $source "hostPath" -}}
 folder {{ $volume.hostPath }} of the machine
@@ -39,8 +39,8 @@ NFS {{ $nfs.server }}:{{ $nfs.path }}
 {{- end -}}
 {{- end -}}
 
-{{- /* A hash of all that can't be changed in a volume and its claim once they are made: another address is another
-     volume, under another name, and the former one is left alone. */ -}}
+{{- /* A hash of what can't be changed in a volume and its claim: another address makes another volume under another name,
+     and the former volume stays. */ -}}
 {{- define "k8scifar.volumeHash" -}}
 {{- $volume := index .root.Values .key -}}
 {{- $source := include "k8scifar.source" . -}}
@@ -51,7 +51,7 @@ NFS {{ $nfs.server }}:{{ $nfs.path }}
 {{- $what | toJson | sha256sum | trunc 8 -}}
 {{- end -}}
 
-{{- /* The claim of (root, key); of claims that each pod has for itself, pod 0's. */ -}}
+{{- /* The claim of a volume (root, key); pod 0's if each pod has a claim. */ -}}
 {{- define "k8scifar.claim" -}}
 {{- $own := printf "%s-%s-%s" (include "k8scifar.fullname" .root) .key (include "k8scifar.volumeHash" .) -}}
 {{- if .root.Values.local.enabled -}}
@@ -60,12 +60,12 @@ NFS {{ $nfs.server }}:{{ $nfs.path }}
 {{- default $own (index .root.Values .key).existingClaim -}}
 {{- end -}}
 
-{{- /* The pod's volume that holds (root, key): both are in the one that each pod has for itself. */ -}}
+{{- /* The pod's volume for (root, key): with local.enabled one volume for both. */ -}}
 {{- define "k8scifar.volume" -}}
 {{- ternary "local" .key .root.Values.local.enabled -}}
 {{- end -}}
 
-{{- /* A claim's size in a StatefulSet that is there can't be changed, so that another value must not be sent. */ -}}
+{{- /* The size of the pods' claims. An existing StatefulSet keeps its size, because the API server refuses another. */ -}}
 {{- define "k8scifar.localSize" -}}
 {{- $size := ternary .Values.local.size "1Gi" (eq .Values.local.hostPath "") -}}
 {{- $there := lookup "apps/v1" "StatefulSet" .Release.Namespace (include "k8scifar.workloadName" .) -}}
@@ -75,7 +75,7 @@ NFS {{ $nfs.server }}:{{ $nfs.path }}
 {{- $size -}}
 {{- end -}}
 
-{{- /* What reads pod 0's own volume has to be on pod 0's machine. */ -}}
+{{- /* Affinity of pods that read pod 0's volume: they must be on pod 0's machine. */ -}}
 {{- define "k8scifar.besidePod0" -}}
 podAffinity:
   requiredDuringSchedulingIgnoredDuringExecution:
@@ -85,23 +85,23 @@ podAffinity:
           statefulset.kubernetes.io/pod-name: {{ printf "%s-0" (include "k8scifar.workloadName" .) | quote }}
 {{- end -}}
 
-{{- /* At most 63 letters, the hash telling apart what is cut; volumes of all namespaces share one room for names. */ -}}
+{{- /* A volume's name: at most 63 letters, and unique among the volumes of all namespaces. */ -}}
 {{- define "k8scifar.volumeName" -}}
 {{- $whose := printf "%s-%s" .root.Release.Namespace (include "k8scifar.fullname" .root) | trunc 42 | trimSuffix "-" -}}
 {{- printf "%s-%s-%s" $whose .key (include "k8scifar.volumeHash" .) -}}
 {{- end -}}
 
-{{- /* Of NFS and folders a size says nothing, and a claim's can't be changed: one figure for all. */ -}}
+{{- /* A claim's size: a constant for NFS and folders, which have no size, because it can't be changed later. */ -}}
 {{- define "k8scifar.volumeSize" -}}
 {{- ternary (index .root.Values .key).size "1Gi" (eq (include "k8scifar.source" .) "storageClass") -}}
 {{- end -}}
 
-{{- /* `auto` guesses on one machine; in a cluster synthetic images are what somebody asked for by name. */ -}}
+{{- /* The source of the data set; in a cluster `auto` means CIFAR-10 and never synthetic images. */ -}}
 {{- define "k8scifar.dataSource" -}}
 {{- ternary "cifar10" .Values.dataset.source (eq .Values.dataset.source "auto") -}}
 {{- end -}}
 
-{{- /* A folder for each source, so that no data set is ever replaced under another training. */ -}}
+{{- /* A folder for each source, so that no data set replaces one that another training reads. */ -}}
 {{- define "k8scifar.dataDir" -}}
 {{- $source := include "k8scifar.dataSource" . -}}
 {{- $what := $source -}}
@@ -119,7 +119,7 @@ podAffinity:
 {{ include "k8scifar.runsDir" . }}/{{ default .Release.Name .Values.train.name }}
 {{- end -}}
 
-{{- /* What `make results` needs to read a volume once the release is gone. */ -}}
+{{- /* Annotations that `make results` reads after the release is uninstalled. */ -}}
 {{- define "k8scifar.notes" -}}
 k8scifar/run-dir: {{ include "k8scifar.runDir" . | quote }}
 k8scifar/image: {{ include "k8scifar.image" . | quote }}

@@ -25,6 +25,8 @@ def test_a_job_is_indexed_and_fails_as_a_group():
     name = job["metadata"]["name"]
     assert f"--master-addr={name}-0.cifar.default.svc.cluster.local" in arguments
     assert not [item for item in objects if item["kind"] == "StatefulSet"]
+    queued = one(render(*layers("kueue.yaml")), "Job")
+    assert queued["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "training"
 
 
 def test_a_changed_job_gets_another_name():
@@ -67,7 +69,7 @@ def test_notes_give_three_commands_with_this_releases_names(kind):
         ("gpu.perNode=2", "gpu.enabled is false"),
         ("keepVolumes=false", "deletes the claims"),
         ("networkPolicy.enabled=false", "can disturb the training"),
-        ("dataset.hostPath=/x", "only where they share that folder"),
+        ("dataset.hostPath=/x", "only if they share that folder"),
         ("gpu.enabled=true,processesPerNode=2", "processesPerNode is not used"),
         ("completion.policy=scaleDown,serviceAccountName=x", "serviceAccountName is not used"),
     ],

@@ -1,7 +1,5 @@
 """How the chart's containers begin and end: nobody waits for another pod, SIGTERM is heard, probes do not cry early."""
 
-import http.server
-import json
 import os
 import re
 import shlex
@@ -11,10 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from chart_helpers import FILES, NFS, ROOT, component, container, layers, one, pods, render, run, trainer
+from chart_helpers import FILES, NFS, ROOT, container, layers, one, pods, render, run, trainer
 
 pytestmark = pytest.mark.helm
 BIN = Path(sys.executable).parent
@@ -112,10 +111,16 @@ def test_a_start_may_take_as_long_as_it_is_given(seconds):
     assert int(tries) < given["timeoutSeconds"]
 
 
-def test_the_liveness_probe_says_why_in_one_line(tmp_path):
-    here = probe(container(trainer(render(*NFS))), "livenessProbe", beat=("/tmp/heartbeat", str(tmp_path / "none")))
-    done = subprocess.run(here, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "no heartbeat for 600 s\n", "")
+def test_the_liveness_probe_fails_for_an_old_heartbeat_in_one_line(tmp_path):
+    beat = tmp_path / "heartbeat"
+    here = probe(container(trainer(render(*NFS))), "livenessProbe", beat=("/tmp/heartbeat", str(beat)))
+    late = (1, "no heartbeat for 600 s\n", "")
+    for age, expected in ((None, late), (0, (0, "", "")), (601, late)):
+        if age is not None:
+            beat.touch()
+            os.utime(beat, (time.time() - age, time.time() - age))
+        done = subprocess.run(here, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == expected, age
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
@@ -148,7 +153,7 @@ def test_the_tests_pod_lets_go_of_its_claim_where_its_log_can_be_had(major, poli
 
 
 @pytest.mark.parametrize("kind", ["StatefulSet", "Job"])
-def test_every_container_of_the_training_pod_knows_whose_it_is(kind):
+def test_every_container_knows_its_release(kind):
     objects = render(*NFS, "--namespace=lab", f"--set=workload.kind={kind}", release="mine")
     fields = {
         "POD_NAME": "metadata.name",
@@ -163,6 +168,8 @@ def test_every_container_of_the_training_pod_knows_whose_it_is(kind):
         assert there["K8SCIFAR_RELEASE"]["value"] == "lab/mine"
         for name, path in fields.items():
             assert there[name]["valueFrom"] == {"fieldRef": {"fieldPath": path}}
+    for reader in pods(objects):  # TensorBoard's and the test's pods, too
+        assert {"name": "K8SCIFAR_RELEASE", "value": "lab/mine"} in reader["containers"][0]["env"]
 
 
 def test_notes_say_when_images_are_made_up():
@@ -176,84 +183,27 @@ def test_notes_say_when_images_are_made_up():
     assert "synthetic" not in first_line("imagefolder:/x") and "CIFAR" not in first_line("imagefolder:/x")
 
 
-class Api(http.server.BaseHTTPRequestHandler):
-    """An API server whose pod still initialises: it answers as the real one does."""
-
-    def do_GET(self):
-        path, _, query = self.path.partition("?")
-        if path == "/api":
-            return self.answer({"kind": "APIVersions", "versions": ["v1"]})
-        if path == "/apis":
-            return self.answer({"kind": "APIGroupList", "apiVersion": "v1", "groups": []})
-        if path == "/api/v1":
-            names = {"pods": "Pod", "services": "Service", "persistentvolumeclaims": "PersistentVolumeClaim"}
-            names |= {"persistentvolumes": "PersistentVolume"}
-            short = {"persistentvolumeclaims": ["pvc"], "persistentvolumes": ["pv"], "services": ["svc"]}
-            items = [
-                {"name": name, "singularName": kind.lower(), "kind": kind, "verbs": ["get", "list", "delete"]}
-                | {"namespaced": kind != "PersistentVolume", "shortNames": short.get(name, [])}
-                for name, kind in names.items()
-            ]
-            return self.answer({"kind": "APIResourceList", "groupVersion": "v1", "resources": items})
-        if path.endswith("/log"):
-            name = re.findall("container=([a-z]+)", query)[0]
-            if name == "preflight":
-                return self.answer("the volumes are fine\n", kind="text/plain")
-            words = f'container "{name}" in pod "cifar-0" is waiting to start: PodInitializing'
-            return self.answer({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": words}, 400)
-        last = path.rpartition("/")[2]
-        kind = {"pods": "PodList", "persistentvolumeclaims": "PersistentVolumeClaimList"}.get(
-            last, "PersistentVolumeList"
-        )
-        return self.answer({"kind": kind, "apiVersion": "v1", "items": self.server.pods if last == "pods" else []})
-
-    def answer(self, content, code=200, kind="application/json"):
-        body = (content if isinstance(content, str) else json.dumps(content)).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl on PATH")
-def test_the_commands_of_the_notes_work_while_the_pods_still_initialise(tmp_path):
+def test_the_commands_of_the_notes_work_while_the_pods_still_initialise(api):
     template = one(render(*NFS, "--namespace=lab"), "StatefulSet")["spec"]["template"]
     status = {"phase": "Pending", "containerStatuses": [], "initContainerStatuses": []}
     pod = {"kind": "Pod", "apiVersion": "v1", "spec": template["spec"], "status": status}
     pod["metadata"] = {"name": "cifar-0", "namespace": "lab", "labels": template["metadata"]["labels"]}
+    api.items = [pod]
+    words = 'container "{}" in pod "cifar-0" is waiting to start: PodInitializing'
+    for name in ("prepare", "trainer"):
+        api.refuse_log(name, words.format(name))
     notes = run(*NFS, "--dry-run=client", "-n=lab", verb="install").stdout.partition("NOTES:")[2]
     lines = [line.strip() for line in notes.splitlines() if line.strip().startswith("kubectl")]
-    words = [shlex.split(command) for line in lines for command in line.split(" && ")]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api) as server:
-        server.pods = [pod]
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        cluster = {"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
-        context = {"name": "here", "context": {"cluster": "here", "user": ""}}
-        config = {"clusters": [cluster], "contexts": [context], "current-context": "here"}
-        (tmp_path / "kubeconfig").write_text(json.dumps(config))
-        environment = {"KUBECONFIG": str(tmp_path / "kubeconfig"), "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-        done = {}
-        for command in words:
-            if command[3:4] not in (["port-forward"], ["delete"]) and command[1] != "delete":
-                asked = {"capture_output": True, "text": True, "env": environment, "timeout": 60, "check": False}
-                answer = subprocess.run(command, **asked)
-                assert answer.returncode == 0, (command, answer.stderr)
-                done[command[3] if command[1] == "-n" else "pv"] = answer
-        server.shutdown()
+    commands = [shlex.split(command) for line in lines for command in line.split(" && ")]
+    done = {}
+    for command in commands:
+        if not {"port-forward", "delete"} & set(command):
+            answer = api.call(command)
+            assert answer.returncode == 0, (command, answer.stderr)
+            done[command[3] if command[1] == "-n" else "pv"] = answer
     assert set(done) == {"get", "logs", "pv"}
-    assert "the volumes are fine" in done["logs"].stdout
+    assert "log of preflight" in done["logs"].stdout
     assert "maximum allowed concurrency" not in done["logs"].stderr
-    deletes = [" ".join(command) for command in words if "delete" in command]
+    deletes = [" ".join(command) for command in commands if "delete" in command]
     assert deletes[0] == "kubectl -n lab delete pod cifar-0", "of a former revision that hangs"
-
-
-def test_whoever_reads_a_run_folder_knows_whose_it_must_be():
-    objects = render(*NFS, "--namespace=lab", release="mine")
-    deployment = component(objects, "Deployment", "tensorboard")
-    for pod in (component(objects, "Pod", "status"), deployment["spec"]["template"]):
-        (item,) = pod["spec"]["containers"]
-        assert {"name": "K8SCIFAR_RELEASE", "value": "lab/mine"} in item["env"]

@@ -83,24 +83,6 @@ def test_folders_of_the_machines_are_kept_for_one_pods_claim_each():
         assert "helm.sh/resource-policy" not in item["metadata"].get("annotations", {})
 
 
-def test_names_are_legal_and_their_own():
-    seen = set()
-    for namespace, release in (
-        ("a", "b-c"),
-        ("a-b", "c"),
-        ("n" * 63, "x" * 53),
-        ("n" * 63, "x" * 52 + "y"),
-        ("a", "1.2"),
-    ):
-        objects = render(*FOLDER, f"--namespace={namespace}", release=release)
-        name = one(objects, "StatefulSet")["metadata"]["name"]
-        assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) + 11 <= 63
-        found = [item["metadata"]["name"] for item in objects if item["kind"] == "PersistentVolume"]
-        assert all(re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", each) for each in found), found
-        assert len(found) == 2 and not seen & set(found)
-        seen |= set(found)
-
-
 def test_what_derives_from_the_workloads_name_follows_it():
     objects = render(*LOCAL, "--set=completion.policy=scaleDown")
     name = one(objects, "StatefulSet")["metadata"]["name"]
@@ -194,11 +176,7 @@ def test_no_value_changes_what_a_statefulset_can_not_change(options, tmp_path):
     shutil.copytree(CHART, chart)
     later = chart / "Chart.yaml"
     later.write_text(re.sub(r"(?m)^(version|appVersion): .*$", r"\1: 9.9.9", later.read_text()))
-    values = [item for option in options for item in (("-f", str(VALUES / option)) if option in LOCAL else (option,))]
-    done = subprocess.run(
-        [helm(), "template", "cifar", str(chart), *values], capture_output=True, text=True, check=True
-    )
-    assert fixed([item for item in yaml.safe_load_all(done.stdout) if item]) == before, "of a new version of the chart"
+    assert fixed(render(*options, chart=chart)) == before, "of a new version of the chart"
 
 
 def test_another_place_is_another_statefulset():
@@ -252,13 +230,16 @@ OWNER = {"name": "cifar", "namespace": "default"}
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("two-node.yaml",), "or do without a server: -f values/local.yaml (local.enabled=true)"),
+        (
+            ("two-node.yaml",),
+            "or use a volume for each pod without a server: -f values/local.yaml (local.enabled=true)",
+        ),
         ((*LOCAL, "--set=nfs.server=a"), "local.enabled and nfs.server are both set"),
         ((*LOCAL, "--set=dataset.storageClassName=a"), "local.enabled and dataset.storageClassName are both set"),
         ((*LOCAL, "--set=checkpoints.hostPath=/a"), "local.enabled and checkpoints.hostPath are both set"),
         ((*LOCAL, "--set=dataset.nfs.server=a,dataset.nfs.path=/a"), "local.enabled and dataset.nfs.server are both"),
         ((*LOCAL, "--set=checkpoints.existingClaim=a"), "local.enabled and checkpoints.existingClaim are both set"),
-        ((*LOCAL, "job.yaml"), "is for a StatefulSet: a Job's pods have no claims of their own; set workload.kind="),
+        ((*LOCAL, "job.yaml"), "is for a StatefulSet: a Job can't give each pod a claim; set workload.kind="),
         ((*FOLDER, "--set=local.storageClassName=a"), "local.storageClassName and local.hostPath are both set"),
         ((*FOLDER, "--set=podAntiAffinity.mode=preferred"), "pods on one machine would share its folder /srv/k8scifar"),
         ((*NFS, "--set=local.storageClassName=a"), "local.enabled is false: set it to true, or leave"),

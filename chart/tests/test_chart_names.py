@@ -97,7 +97,7 @@ MAPS = [
 @pytest.mark.parametrize(("path", "key", "name"), MAPS)
 def test_the_charts_own_keys_are_not_the_users(major, path, key, name):
     said = refused(*NFS, f"--set-string={path}.{key}=mine", major=major)
-    assert f"{path}.{name} is a key that the chart sets itself" in said and "executing" not in said
+    assert f"{path}.{name} is a key that the chart sets" in said and "executing" not in said
 
 
 class OneKey(yaml.SafeLoader):
@@ -136,12 +136,12 @@ def test_no_map_names_a_key_twice(major):
 EXTRAS = [
     (["extraEnv[0].name=POD_NAME", "extraEnv[0].value=x"], "extraEnv[0].name POD_NAME is a variable that the chart"),
     (["extraEnv[0].name=K8SCIFAR_RELEASE"], "extraEnv[0].name K8SCIFAR_RELEASE is a variable that the chart sets"),
-    (["extraEnv[0].name=A", "extraEnv[1].name=A"], "extraEnv names A twice"),
+    (["extraEnv[0].name=A", "extraEnv[1].name=A"], "extraEnv has A twice"),
     (["extraEnv[0].name=1A"], "extraEnv[0].name"),
     (["dataset.s3Endpoint=http://m", "extraEnv[0].name=AWS_ENDPOINT_URL"], "AWS_ENDPOINT_URL is a variable"),
-    (["extraVolumes[0].name=tmp"], "extraVolumes[0].name tmp is a volume of the chart's own"),
-    (["extraVolumes[0].name=v", "extraVolumes[1].name=v"], "extraVolumes names v twice"),
-    (["extraVolumeMounts[0].name=v", "extraVolumeMounts[0].mountPath=/v"], "v is no volume of extraVolumes"),
+    (["extraVolumes[0].name=tmp"], "extraVolumes[0].name tmp is a volume of the chart"),
+    (["extraVolumes[0].name=v", "extraVolumes[1].name=v"], "extraVolumes has v twice"),
+    (["extraVolumeMounts[0].name=v", "extraVolumeMounts[0].mountPath=/v"], "v is not a volume of extraVolumes"),
     (["extraVolumeMounts[0].name=tmp", "extraVolumeMounts[0].mountPath=/tmp/"], "would hide /tmp, which the chart"),
     (["extraVolumeMounts[0].name=tmp", "extraVolumeMounts[0].mountPath=/volumes"], "would hide /volumes/checkpoints"),
     (["extraVolumeMounts[0].name=tmp", "extraVolumeMounts[0].mountPath=/"], "would hide /etc/k8scifar"),
@@ -171,91 +171,54 @@ def test_what_is_added_beside_the_charts_own_is_there():
         assert {"name": "HTTPS_PROXY", "value": "http://p:3128"} in item["env"]
 
 
-# A value, and what is wrong with it; and below, what people have rightly.
+# Values with texts that are refused, or taken, one after the other with " | " between them.
 WRONG = {
-    "image.repository": ["reg.example/me/k8scifar:v1", "k8scifar:v1", "reg/k8s@sha256:0", "https://reg/k8s", "Reg/K8s"],
-    "image.tag": [":v1", "a/b", ".a", "a" * 129],
-    "image.digest": ["sha256:1", "0" * 64],
-    "nfs.server": [
-        "192.168.1.10:/srv/x",
-        "nfs://a",
-        "a/b",
-        "[fd00::1]",
-        "a:2049",
-        "192.168.1",
-        "1.2.3.400",
-        "a b",
-        "a,b",
-    ],
-    "nfs.path": ["srv", "/a/../b", "srv/x", "~/x", "/..", "a:/b"],
-    "dataset.hostPath": ["data", "/a/..", "C:/x"],
-    "dataset.nfs.server": ["a:/b"],
-    "clusterDomain": [".local", "cluster.local.", "Cluster.Local", "a..b", "http://a"],
-    "dataset.s3Endpoint": ["minio:9000", "ftp://a", "http://", "http://a b", "http://a:9000:1"],
-    "dataset.source": ["cifar", "imagefolder:", "synthetic:5", "synthetic:0:0", "CIFAR10", "imagenet"],
-    "dataset.folder": ["/data", "../x", "a/../b", "a//b", "a/", ".", "a b"],
-    "checkpoints.size": ["5", "5GB", "Gi", "5gi", "-5Gi", "0Gi", "5 Gi", "500m"],
-    "scratchSize": ["2GB", "0"],
-    "dataset.existingClaim": ["a/b", "A", "-a", "a_b"],
-    "dataset.storageClassName": ["Fast", "a b"],
-    "dataset.credentialsSecret": ["a/b", "A"],
-    "imagePullSecrets[0].name": ["A", "a/b"],
-    "nfs.mountOptions[0]": ["-o", "nfsvers=4.1 hard", "a;b"],
-    "gpu.resourceName": ["gpu", "nvidia.com/"],
-    "podAntiAffinity.topologyKey": ["a b", "/x", "x/"],
-    "runtimeClassName": ["Nvidia"],
-    "priorityClassName": ["a b"],
-    "schedulerName": ["a b"],
-    "serviceAccountName": ["a/b"],
-    "podLabels.team": ["a b", "a" * 64, "-a"],
-    "resources.requests.cpu": ["1 core", "-1", "1CPU"],
-    "resources.requests.memory": ["6GB", "6 Gi", "6gi"],
-    "resources.limits.memroy": ["6Gi"],
+    "image.repository": "reg.example/me/k8scifar:v1 | k8scifar:v1 | reg/k8s@sha256:0 | https://reg/k8s | Reg/K8s",
+    "image.tag": f":v1 | a/b | .a | {'a' * 129}",
+    "image.digest": f"sha256:1 | {'0' * 64}",
+    "nfs.server": "192.168.1.10:/srv/x | nfs://a | a/b | [fd00::1] | a:2049 | 192.168.1 | 1.2.3.400 | a b | a,b",
+    "nfs.path": "srv | /a/../b | srv/x | ~/x | /.. | a:/b",
+    "dataset.hostPath": "data | /a/.. | C:/x",
+    "dataset.nfs.server": "a:/b",
+    "clusterDomain": ".local | cluster.local. | Cluster.Local | a..b | http://a",
+    "dataset.s3Endpoint": "minio:9000 | ftp://a | http:// | http://a b | http://a:9000:1",
+    "dataset.source": "cifar | imagefolder: | synthetic:5 | synthetic:0:0 | CIFAR10 | imagenet",
+    "dataset.folder": "/data | ../x | a/../b | a//b | a/ | . | a b",
+    "checkpoints.size": "5 | 5GB | Gi | 5gi | -5Gi | 0Gi | 5 Gi | 500m",
+    "scratchSize": "2GB | 0",
+    "dataset.existingClaim": "a/b | A | -a | a_b",
+    "dataset.storageClassName": "Fast | a b",
+    "dataset.credentialsSecret": "a/b | A",
+    "imagePullSecrets[0].name": "A | a/b",
+    "nfs.mountOptions[0]": "-o | nfsvers=4.1 hard | a;b",
+    "gpu.resourceName": "gpu | nvidia.com/",
+    "podAntiAffinity.topologyKey": "a b | /x | x/",
+    "runtimeClassName": "Nvidia",
+    "priorityClassName": "a b",
+    "schedulerName": "a b",
+    "serviceAccountName": "a/b",
+    "podLabels.team": f"a b | -a | {'a' * 64}",
+    "resources.requests.cpu": "1 core | -1 | 1CPU",
+    "resources.requests.memory": "6GB | 6 Gi | 6gi",
+    "resources.limits.memroy": "6Gi",
 }
 RIGHT = {
-    "image.repository": [
-        "k8scifar",
-        "reg.example/me/k8scifar",
-        "localhost:5000/k8scifar",
-        "10.0.0.1:5000/a/b",
-        "[fd00::1]:5000/a",
-    ],
-    "image.tag": ["0.1.0", "v1", "sha-0123abc", "A_b"],
-    "nfs.server": [
-        "192.168.1.10",
-        "nas",
-        "nas.local",
-        "fd00::1",
-        "fe80::1:2:3",
-        "2node.lan",
-        "NAS-1",
-        "::1",
-        "a_b.lan",
-    ],
-    "nfs.path": ["/", "/srv/k8scifar", "/srv/my data", "/srv/.hidden", "/mnt/pool0/a..b", "/srv/x/", "/srv/ünï"],
-    "clusterDomain": ["", "cluster.local", "k8s", "a-b.c1"],
-    "dataset.s3Endpoint": [
-        "http://minio.storage:9000",
-        "https://s3.eu-west-1.amazonaws.com",
-        "http://10.0.0.1:9000/x",
-        "http://[fd00::1]:1",
-    ],
-    "dataset.source": [
-        "auto",
-        "cifar10",
-        "synthetic",
-        "synthetic:200:50",
-        "imagefolder:/data/a b",
-        "imagefolder:s3://b/k",
-        "cifar10:/x",
-    ],
-    "dataset.folder": ["data", "a/b", "a.b", "_x"],
-    "scratchSize": ["2Gi", "512Mi", "0.5Gi", "1000000000", "2G", "100k"],
-    "nfs.mountOptions[0]": ["nfsvers=4.1", "ro", "sec=krb5p", "proto=tcp6", "clientaddr=fd00::1"],
-    "podAntiAffinity.topologyKey": ["zone", "topology.kubernetes.io/zone"],
-    "podLabels.team": ["", "a", "A.b_c-d", "7"],
-    "resources.requests.cpu": ["250m", "2", "0.5", "1.5"],
-    "resources.requests.memory": ["512Mi", "1G", "1e9", "8589934592"],
+    "image.repository": "k8scifar | reg.example/me/k8scifar | localhost:5000/k8 | 10.0.0.1:5000/a/b | [fd00::1]:5000/a",
+    "image.tag": "0.1.0 | v1 | sha-0123abc | A_b",
+    "nfs.server": "192.168.1.10 | nas | nas.local | fd00::1 | fe80::1:2:3 | 2node.lan | NAS-1 | ::1 | a_b.lan",
+    "nfs.path": "/ | /srv/k8scifar | /srv/my data | /srv/.hidden | /mnt/pool0/a..b | /srv/x/ | /srv/ünï",
+    "clusterDomain": " | cluster.local | k8s | a-b.c1",
+    "dataset.s3Endpoint": "http://minio.storage:9000 | https://s3.eu-west-1.amazonaws.com | http://10.0.0.1:9000/x | "
+    "http://[fd00::1]:1",
+    "dataset.source": "auto | cifar10 | synthetic | synthetic:200:50 | imagefolder:/data/a b | imagefolder:s3://b/k | "
+    "cifar10:/x",
+    "dataset.folder": "data | a/b | a.b | _x",
+    "scratchSize": "2Gi | 512Mi | 0.5Gi | 1000000000 | 2G | 100k",
+    "nfs.mountOptions[0]": "nfsvers=4.1 | ro | sec=krb5p | proto=tcp6 | clientaddr=fd00::1",
+    "podAntiAffinity.topologyKey": "zone | topology.kubernetes.io/zone",
+    "podLabels.team": " | a | A.b_c-d | 7",
+    "resources.requests.cpu": "250m | 2 | 0.5 | 1.5",
+    "resources.requests.memory": "512Mi | 1G | 1e9 | 8589934592",
 }
 
 
@@ -265,7 +228,7 @@ def given(path: str, value: str) -> str:
 
 @pytest.mark.parametrize("path", WRONG)
 def test_text_that_would_fail_in_the_cluster_is_refused_by_name(path):
-    for value in WRONG[path]:
+    for value in WRONG[path].split(" | "):
         said = refused(*NFS, given(path, value))
         name = re.split(r"\[|\.team|\.memroy", path)[0]
         assert name in said, (value, said)
@@ -274,7 +237,7 @@ def test_text_that_would_fail_in_the_cluster_is_refused_by_name(path):
 
 @pytest.mark.parametrize("path", RIGHT)
 def test_text_that_people_have_is_taken_as_it_is(path):
-    for value in RIGHT[path]:
+    for value in RIGHT[path].split(" | "):
         objects = render(*NFS, given(path, value))
         assert len(pods(objects)) == 3
         if value and path not in ("dataset.source", "image.tag", "dataset.s3Endpoint"):

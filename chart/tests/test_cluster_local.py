@@ -130,7 +130,7 @@ def test_claims_of_former_values_are_told_apart(stage, local, name, run_folder):
         f"volume local-{name}-1: unknown, in use\n" in told and f"volume {old[0]}: unknown, not in use, kept\n" in told
     )
     said, _ = read(stage)
-    assert f"reading local-{name}-0, in use; older ones were kept, which CLAIM=... reads: {', '.join(old)}" in said
+    assert f"reading local-{name}-0, in use; older claims were kept, which CLAIM=... reads: {', '.join(old)}" in said
     stage.objects([*own_claims(local), *former, one(local, "ConfigMap", "cifar-local")])  # after helm uninstall
     read(stage)
     assert made(stage)[-1]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == old[0], "of the newest"

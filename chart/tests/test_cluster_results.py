@@ -81,7 +81,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(stage, rendered, run_folder):
     assert done.returncode == 0 and "results/cifar holds something else" in done.stdout
     assert shown(other) == {"events.out.tfevents.0"} and shown(other.with_name("default-cifar-cifar")) == FILES
     done = stage.run("cluster", "results", f"--target={other}")
-    assert done.returncode == 2 and "holds something else: name another folder, or move it away" in done.stderr
+    assert done.returncode == 2 and "holds something else: choose another folder, or move it away" in done.stderr
     assert shown(other) == {"events.out.tfevents.0"}
 
 
@@ -158,7 +158,7 @@ def test_of_several_claims_the_one_in_use_else_the_newest_is_read(stage, rendere
 
     stage.objects([old, *objects, new])
     claim, said = read()
-    assert claim == name and f"reading {name}, in use; older ones were kept" in said
+    assert claim == name and f"reading {name}, in use; older claims were kept" in said
     told = stage.run("cluster", "status").stdout
     assert f"volume {name}: unknown, in use\n" in told
     assert "volume cifar-checkpoints-0ld: unknown, not in use, kept\n" in told

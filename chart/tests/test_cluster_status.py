@@ -46,7 +46,7 @@ def test_a_pod_whose_node_is_off_is_not_told_as_running(api, status, rendered):
     assert "unknown: node node-b is NotReady since 2026-01-01T00:00:00Z: Kubelet stopped posting node status." in line
     assert line.endswith("it was trainer running, restarted 2 times before")
     # A machine taken out of the cluster, and a person who may not look at machines.
-    assert "unknown: node node-b is not in the cluster any more" in status(*installed(rendered, *pods))
+    assert "unknown: node node-b is no longer in the cluster" in status(*installed(rendered, *pods))
     api.refuse(403, "Forbidden", 'nodes is forbidden: User "me" cannot list resource "nodes"', "/nodes")
     assert "pod cifar-1 on node-b: unknown: node node-b is off" in status(*installed(rendered, *pods))
     gone = copy.deepcopy(pods)
@@ -59,7 +59,7 @@ def test_a_release_whose_node_is_off_is_not_told_as_training(stage, rendered):
     stage.objects(installed(rendered, *pods))
     stage.nodes(node("node-a"), node("node-b", "Unknown"))
     told = stage.run("cluster", "status").stdout
-    assert told.endswith("cifar: stands still until cifar-1 is back; before: training, 1 epoch(s) finished\n")
+    assert told.endswith("cifar: waits until cifar-1 is back; before: training, 1 epoch(s) finished\n")
     # Nor is a command sent to a pod that can't answer.
     stage.objects(installed(rendered, lost(pods[0], "node-b"), pods[1]))
     told = stage.run("cluster", "status").stdout
@@ -92,7 +92,7 @@ def test_a_job_says_how_it_ended(status, conditions, state, words):
 def test_a_suspended_job_waits_for_its_queue(status):
     objects = job([])
     one(objects, "Job")["spec"]["suspend"] = True
-    assert "suspended: a queue holds it back" in status(*installed(objects))
+    assert "suspended by a queue, or by hand" in status(*installed(objects))
 
 
 def test_the_last_reason_of_a_container_stays(status, rendered):
@@ -154,11 +154,11 @@ def test_a_rollout_that_is_held_up_is_told_with_what_to_type(status, rendered):
     objects = installed(rendered, old, new)
     one(objects, "StatefulSet")["status"] = {"currentRevision": "cifar-1111", "updateRevision": "cifar-2222"}
     told = status(*objects)
-    assert "cifar-0: still with the old settings, and not ready, which holds up the rollout" in told
+    assert "cifar-0: has the former settings and is not ready, which blocks the rollout" in told
     assert "type: kubectl -n default delete pod cifar-0\n" in told
     old |= {"status": pod(rendered, "cifar-0", "trainer", RUNNING)["status"]}
     told = status(*objects[:-2], old, new)
-    assert "rollout: cifar-0 has the old settings still, and is replaced once cifar-1 is ready" in told
+    assert "rollout: cifar-0 still has the former settings, and is replaced once cifar-1 is ready" in told
     assert "delete pod" not in told
     revised(old, "cifar-2222")
     assert "rollout" not in status(*objects[:-2], old, new)
@@ -268,6 +268,15 @@ def test_wrong_contexts_releases_and_credentials_are_one_line(api, rendered):
         done = api.run("cluster", "status", option)
         assert done.returncode == 2 and done.stderr.startswith(words), (option, done.stderr)
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_logs_of_pods_that_have_not_come_so_far(api, rendered):
+    waiting = pod(rendered, "cifar-1", "trainer", RUNNING, "prepare")
+    early = pod(rendered, "cifar-0", "trainer", {"waiting": {"reason": "ImagePullBackOff"}}, "preflight")
+    api.items = installed(rendered, early, waiting)
+    done = api.run("cluster", "logs")
+    assert done.returncode == 0, done.stderr
+    assert "log of preflight" in done.stdout and "log of prepare" in done.stdout
 
 
 def test_a_silent_cluster_is_one_line(stage):

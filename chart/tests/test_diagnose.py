@@ -57,11 +57,17 @@ def test_diagnose_collects_everything_but_secrets(stage, rendered):
     for name, text in texts.items():
         for secret, what in SECRETS.items():
             assert secret not in text, f"{what} in {name}"
-    names = ("versions.txt", "preflight.txt", "release/objects.json", "release/helm-values.json", "release/events.txt")
+    names = (
+        "versions.txt",
+        "release/pods.txt",
+        "release/objects.json",
+        "release/helm-values.json",
+        "release/events.txt",
+    )
     assert {*names, "logs/cifar-0.trainer.log", "logs/cifar-1.preflight.previous.log", "run/status.json"} <= set(texts)
     assert "step 7 loss 1.25" in texts["logs/cifar-0.trainer.log"], "what is no secret stays"
     assert json.loads(texts["release/helm-values.json"])["dataset"] == {"credentialsSecret": "keys"}
-    assert "cifar-0 preflight: exit code 0" in texts["preflight.txt"]
+    assert "cifar-0: trainer running" in texts["release/pods.txt"]
     shown = [item for item in json.loads(texts["release/objects.json"])["items"] if item["kind"] == "Pod"]
     variables = {each["name"]: each.get("value") for each in shown[1]["spec"]["containers"][0]["env"]}
     assert variables["K8SCIFAR_HEARTBEAT"] == "/tmp/heartbeat"

@@ -66,7 +66,7 @@ def test_a_lost_pod_costs_the_other_nothing_and_an_upgrade_converges(tmp_path):
 
 def test_pods_with_volumes_of_their_own_outlive_the_loss_of_pod_0s(tmp_path):
     """Its machine is replaced: the newcomer has an empty volume, prepares the data, and gets the other's checkpoint."""
-    objects = rendered(tmp_path, options=("-f", "values/local.yaml", "--set=nfs.server="), epochs=6)
+    objects = rendered(tmp_path, options=("local.yaml", "--set=nfs.server="), epochs=6)
     with cluster(objects, tmp_path) as (hosts, pods):
         first, second = (volume_of(objects, ordinal, tmp_path) for ordinal in (0, 1))
         until(lambda: list(second.glob("checkpoints/runs/cifar/checkpoints/*.pt")), 120, pods)

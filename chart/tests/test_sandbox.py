@@ -74,7 +74,7 @@ def test_up_gives_kind_two_workers_that_share_a_folder(machine):
 def test_up_again_uses_the_cluster_and_down_deletes_it(machine):
     machine.tool("kind", 'case "$2" in clusters) echo k8scifar ;; esac')
     done = up(machine)
-    assert done.returncode == 0 and "is there already" in done.stdout
+    assert done.returncode == 0 and "exists already" in done.stdout
     assert not [line for line in machine.others if line.startswith("kind create")]
     done = machine.run("sandbox", "down", f"--folder={machine.home}/shared")
     assert done.returncode == 0 and machine.others[-1] == "kind delete cluster --name=k8scifar"

@@ -11,13 +11,12 @@ from cluster_stage import RUNNING, event, node, pod
 from helm_stage import Helm
 from kube import Kubectl, ToolError
 from kube_writes import keeping
-from scaling_chart import Chart
-from scaling_cluster import main
-from scaling_machines import fitting, tolerates
+from scaling_chart import helm as helm_tool
+from scaling_cluster import fitting, main
 from scaling_record import draw
 
 pytestmark = pytest.mark.helm
-HELM, DRAW = Chart._helm, draw
+HELM, DRAW = helm_tool.run, draw
 OPTIONS = ("-f", str(VALUES / NFS[0]), NFS[1])
 THREE = "--set=train.micro_batch=20"  # other batches than the recipe's
 
@@ -28,7 +27,7 @@ def cluster(stage, monkeypatch) -> Helm:
     stage.nodes(node("node-a"), node("node-b"))
     found = Helm(stage)
     helm()  # skips where none can be had
-    monkeypatch.setattr(Chart, "_helm", lambda chart, *words: found(chart, *words))
+    monkeypatch.setattr(helm_tool, "run", found)
     monkeypatch.setattr("scaling_record.draw", lambda path, folder: True)
     monkeypatch.setenv("PATH", f"{stage.bin}:/usr/bin:/bin")
     monkeypatch.setenv("HOME", str(stage.home))
@@ -72,7 +71,7 @@ def test_one_release_after_the_other_then_the_picture_then_nothing(cluster, caps
     assert "Speed-up is over one node, node-a." in text and "torch 2.13.0" in text
     assert "2 nodes (node-a, node-b): bf16; 115.0, 98.0 images/s alone at 16 pixels, 207.0 together, 0.97 of" in text
     assert (cluster.stage.home / "results/cifar-scaling/scaling.png").stat().st_size > 10_000
-    claims = re.search("its claims are kept, with data set and runs: (.*); to be rid of them:\n  (.*)", said)
+    claims = re.search("its claims stay, with data set and runs: (.*); to delete them:\n  (.*)", said)
     assert len(claims[1].split(", ")) == 2
     assert claims[2].startswith("kubectl -n default --context=here delete pods,pvc,configmaps -l")
 
@@ -81,7 +80,7 @@ def test_what_is_measured_is_not_measured_again(cluster, capsys):
     cluster.rates.pop(3)
     cluster.stage.nodes(*map(node, ("node-a", "node-b", "node-c")))
     cluster.states[3] = ({"waiting": {"reason": "ImagePullBackOff"}}, "preflight")
-    with pytest.raises(ToolError, match=r"nodes=3: the training came to no end: .*ImagePullBackOff"):
+    with pytest.raises(ToolError, match=r"nodes=3: the training failed: .*ImagePullBackOff"):
         scale(nodes=3, options=(*OPTIONS, THREE))
     assert installs(cluster) == ["1", "2", "3"] and [each["count"] for each in record(cluster)["measured"]] == [1, 2]
     series = record(cluster)["series"]
@@ -110,16 +109,16 @@ def test_ours_is_laid_over_the_users_values(cluster, capsys):
         (trainer,) = workload["spec"]["template"]["spec"]["containers"]
         assert f"--nnodes={nodes}" in trainer["args"] and "--when-done=hold" in trainer["args"]
         assert not [word for word in trainer["args"] if word.startswith("--min-nodes")]
-    assert "your values ask for a Job; a StatefulSet measures the same" in capsys.readouterr().out
+    assert "your values, but as a StatefulSet whose pods stay" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "options", "sentence"),
     [
-        (("--nodes=1",), (), "NODES=1: a number from 2 on; without NODES, make scaling measures this machine"),
-        (("--nodes=two",), (), "NODES=two: a number from 2 on"),
-        (("--epochs=0",), (), "EPOCHS=0: a number from 1 on"),
-        (("--release=My_",), (), "RELEASE=My_ is no release's name"),
+        (("--nodes=1",), (), "NODES=1: give 2 or more; without NODES, make scaling measures this machine"),
+        (("--nodes=two",), (), "NODES=two: give 2 or more"),
+        (("--epochs=0",), (), "EPOCHS=0: give 1 or more"),
+        (("--release=My_",), (), "RELEASE=My_ is not a release's name"),
         (("--nodes=7",), (), "nodes=7: train.global_batch 240 is 6 micro-batches of 40, which 7 ranks"),
         (("--nodes=3",), (THREE,), r"NODES=3, but 2 of the cluster's machines take .*node-a, node-b\): NODES=2, or"),
         ((), ("--set=node=3",), "additional properties 'node' not allowed"),
@@ -136,14 +135,14 @@ def test_a_file_of_somebody_elses_is_left_alone(cluster):
     other = cluster.stage.home / "results" / "cifar-scaling" / "scaling.json"
     other.parent.mkdir(parents=True)
     other.write_text("[]")
-    with pytest.raises(ToolError, match=r"scaling.json is none that make scaling wrote: move it away"):
+    with pytest.raises(ToolError, match=r"make scaling did not write results/cifar-scaling/scaling.json: move it away"):
         scale()
     assert other.read_text() == "[]" and not installs(cluster)
 
 
 def test_a_release_of_somebody_elses_is_left_alone(cluster):
     cluster.series = ""
-    with pytest.raises(ToolError, match="release cifar-scaling in namespace default is not one that make scaling"):
+    with pytest.raises(ToolError, match="make scaling did not install release cifar-scaling in namespace default"):
         scale()
     assert {call[0] for call in cluster.calls} == {"template", "get"}
 
@@ -175,7 +174,7 @@ def test_a_training_that_fails_is_left_for_looking_at(cluster, state, at, progre
         (cluster.stage.home / "progress").write_text(progress.replace("SERIES", str(cluster.series)))
 
     cluster.rates, cluster.states, cluster.during = {}, {1: (state, at)}, told
-    with pytest.raises(ToolError, match="nodes=1: the training came to no end: ") as refused:
+    with pytest.raises(ToolError, match="nodes=1: the training failed: ") as refused:
         scale("--namespace=lab", "--context=mine")
     assert sentence in str(refused.value)
     typed = "RELEASE=cifar-scaling NAMESPACE=lab CONTEXT=mine"
@@ -213,7 +212,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(cluster, capsys, how):
         scale()
     said = capsys.readouterr().out
     assert "stopped; measured so far: 1, kept in results/cifar-scaling/scaling.json" in said
-    assert "the same command takes it up again, make uninstall RELEASE=cifar-scaling ends it" in said
+    assert "the same command waits for it again, make uninstall RELEASE=cifar-scaling ends it" in said
     assert [each["count"] for each in record(cluster)["measured"]] == [1] and cluster.series
 
 
@@ -230,9 +229,6 @@ def test_machines_that_take_a_pod(cluster):
     assert fitting(kubectl, {"nodeSelector": {"kind": "cpu"}}) == []
     (cluster.stage.home / "forbidden").touch()
     assert fitting(kubectl, {}) is None
-    assert tolerates({"key": "control-plane", "effect": "NoSchedule"}, taint)
-    assert not tolerates({"key": "control-plane", "value": "x"}, taint)
-    assert not tolerates({"key": "control-plane", "operator": "Exists", "effect": "NoExecute"}, taint)
 
 
 def test_other_trainings_in_the_cluster_are_told_of(cluster, rendered, capsys):
@@ -243,4 +239,4 @@ def test_other_trainings_in_the_cluster_are_told_of(cluster, rendered, capsys):
     cluster.stage.events(event(other, "Failed", "of another"))
     with pytest.raises(ToolError):
         scale()
-    assert "release cifar in namespace lab has pods in this cluster: if it trains" in capsys.readouterr().out
+    assert "release cifar in namespace lab has pods in this cluster: training there" in capsys.readouterr().out

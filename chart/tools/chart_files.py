@@ -1,8 +1,9 @@
-"""Writes the chart's generated files: `values.schema.json`, `files/recipes.yaml`, `files/rules.yaml`, README's table.
+"""Write the chart's generated files: `values.schema.json`, `files/rules.json` and the table in README.md.
 
     python chart/tools/chart_files.py schema|docs [--check]
 
-With `--check` nothing is written, and the exit code is 1 where a file is not what it would be.
+All come from values.yaml (defaults, comments, types) and values.types.yaml; what `train` takes comes from the trainer.
+With `--check` nothing is written, and the exit code is 1 if a file is stale.
 """
 
 from __future__ import annotations
@@ -13,71 +14,116 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
-from chart_values import Values
 from k8scifar.config import loading
 from k8scifar.config.schema import Config
-from value_types import TRAINER_RULES
+
+sys.path.insert(0, str(Path(__file__).parent))
+from value_types import Schema, Types
 
 CHART = Path(__file__).resolve().parents[1]
 # Keys of the trainer that the chart sets itself.
-TAKEN = ("data.dir", "runs_dir", "distributed.world_size", "distributed.storage")
+CHART_SETS = ("data.dir", "runs_dir", "distributed.world_size", "distributed.storage")
 # Keys of a recipe that the templates check against the number of ranks.
-NEEDED = ("epochs", "global_batch", "micro_batch")
-# Kubernetes' own maps, which the table shows whole.
-FREE = ("resources", "initResources", "tensorboard.resources")
+CHECKED = ("epochs", "global_batch", "micro_batch")
+# A fraction as text: Helm makes text of `--set a=0.1`.
+FRACTION = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"}
 
 
-def comments(text: str) -> dict[str, str]:
-    """Comment of each key of a YAML text, `a.b` -> words; the lines right above the key."""
-    found: dict[str, str] = {}
+class Key(NamedTuple):
+    """What values.yaml writes beside a key."""
+
+    comment: str
+    type: str
+
+
+def keys(text: str) -> dict[str, Key]:
+    """The comment above each key of a YAML text, and the type behind it, by dotted path."""
+    found: dict[str, Key] = {}
     path: list[tuple[int, str]] = []
-    lines: list[str] = []
+    comment: list[str] = []
     for line in text.splitlines():
         indent = len(line) - len(line.lstrip())
         if line.strip().startswith("#"):
-            lines.append(line.strip().lstrip("# ").rstrip())
-        elif match := re.match(r"^ *([A-Za-z_]\w*):", line):
+            comment.append(line.strip().lstrip("# ").rstrip())
+            continue
+        if match := re.match(r"^ *([A-Za-z_]\w*):(?:.* # type: (.+))?", line):
             path = [*((depth, key) for depth, key in path if depth < indent), (indent, match[1])]
-            if lines:
-                found[".".join(key for _, key in path)] = " ".join(lines)
-            lines = []
-        else:
-            lines = []
+            found[".".join(key for _, key in path)] = Key(" ".join(comment), match[2] or "")
+        comment = []
     return found
 
 
-def schema() -> dict[str, Any]:
-    """The closed JSON schema (draft 7, which every Helm reads) of the chart's values."""
-    values = _values_schema()
-    described = comments((CHART / "values.yaml").read_text())
-    _describe(values, described)
-    return {"$schema": "http://json-schema.org/draft-07/schema#"} | _bare(values) | {"title": "Values of the chart"}
+class Values:
+    """The values of the chart."""
+
+    def __init__(self) -> None:
+        text = (CHART / "values.yaml").read_text()
+        self.defaults, self.keys = yaml.safe_load(text), keys(text)
+        self.types = Types(CHART / "values.types.yaml")
+        self.schema = self._section(self.defaults, "")
+        # Helm gives it to a chart that is a part of another chart.
+        self.schema["properties"]["global"] = self.types.schema("object")
+
+    def is_section(self, path: str, value: Any) -> bool:
+        """Whether a key holds other keys of the chart; a map with a type holds the user's."""
+        return isinstance(value, dict) and not self.keys[path].type
+
+    def leaves(self, node: dict[str, Any] | None = None, above: str = "") -> Iterator[tuple[str, Any]]:
+        """Path and default of each value."""
+        for key, value in (self.defaults if node is None else node).items():
+            if self.is_section(above + key, value):
+                yield from self.leaves(value, f"{above}{key}.")
+            else:
+                yield above + key, value
+
+    def _section(self, node: dict[str, Any], above: str) -> Schema:
+        return {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {key: self._value(above + key, value) for key, value in node.items()},
+        }
+
+    def _value(self, path: str, default: Any) -> Schema:
+        key = self.keys[path]
+        if path == "train":
+            found = train_schema(self.types)
+            self._describe(found, "train.")
+        elif self.is_section(path, default):
+            found = self._section(default, f"{path}.")
+        elif isinstance(default, bool):
+            found = self.types.schema("boolean")
+        elif key.type:
+            found = self.types.schema(key.type)
+        else:
+            raise SystemExit(f"error: {path} has no type in values.yaml")
+        return found | ({"description": key.comment} if key.comment else {})
+
+    def _describe(self, node: Schema, above: str) -> None:
+        """Replace the trainer's descriptions by the chart's."""
+        for key, child in node.get("properties", {}).items():
+            if words := self.keys.get(above + key, Key("", "")).comment:
+                child["description"] = words
+            self._describe(child, f"{above}{key}.")
 
 
-def _values_schema() -> dict[str, Any]:
-    values = _inline(Values.model_json_schema())
-    values["properties"]["train"] = _train_schema()
-    return values
-
-
-def _train_schema() -> dict[str, Any]:
-    train = _inline(Config.model_json_schema())
-    for path in TAKEN:
-        section, last = _section(train, path)
+def train_schema(types: Types) -> Schema:
+    """The schema of `train`: the trainer's own, less what the chart sets."""
+    whole = Config.model_json_schema()
+    train = _plain(whole, whole["$defs"])
+    for path in CHART_SETS:
+        section, last = _section_of(train, path)
         del section[last]
-    for path, rule in TRAINER_RULES.items():
-        section, last = _section(train, path)
+    for path, name in types.train.items():
+        section, last = _section_of(train, path)
         section[last].pop("pattern", None)
-        section[last]["x-rule"] = rule
-    return _accept_numbers_as_text(train)
+        section[last]["x-text"] = name
+    return train
 
 
-def _section(schema: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+def _section_of(schema: Schema, path: str) -> tuple[Schema, str]:
     """The properties among which a dotted path ends, and its last key."""
     *parents, last = path.split(".")
     for parent in parents:
@@ -85,149 +131,117 @@ def _section(schema: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
     return schema["properties"], last
 
 
-def _accept_numbers_as_text(node: Any) -> Any:
-    """Let a fraction be text too: Helm makes text of `--set a=0.1`, and the trainer reads it as a number."""
-    if isinstance(node, list):
-        return [_accept_numbers_as_text(item) for item in node]
-    if not isinstance(node, dict):
-        return node
+def _plain(node: Schema, definitions: dict[str, Schema], is_item: bool = False) -> Schema:
+    """A schema of pydantic's without references, which Helm 3 and 4 resolve in different ways, titles and defaults.
+
+    A file of values need not be whole, so that only a list's items require keys.
+    """
+    if "$ref" in node:
+        node = definitions[node["$ref"].rpartition("/")[2]] | {key: node[key] for key in node if key != "$ref"}
     if node.get("type") == "number":
+        about = {key: node[key] for key in ("description",) if key in node}
         limits = {key: node[key] for key in node if key not in ("description", "title", "default")}
-        text = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"}
-        return {key: node[key] for key in node if key not in limits} | {"anyOf": [limits, text]}
-    return {key: _accept_numbers_as_text(value) for key, value in node.items()}
+        return about | {"anyOf": [limits, FRACTION]}
+    dropped = ("title", "default", "$defs") if is_item else ("title", "default", "$defs", "required")
+    kept = {key: value for key, value in node.items() if key not in dropped}
+    if "properties" in kept:
+        kept["properties"] = {key: _plain(child, definitions) for key, child in kept["properties"].items()}
+    for key in ("items", "additionalProperties"):
+        if isinstance(kept.get(key), dict):
+            kept[key] = _plain(kept[key], definitions, is_item=key == "items")
+    if "anyOf" in kept:
+        kept["anyOf"] = [_plain(child, definitions) for child in kept["anyOf"]]
+    return kept
 
 
-def _inline(whole: dict[str, Any]) -> dict[str, Any]:
-    """The schema without references: Helm 3 and 4 resolve those in different ways."""
-    definitions = whole.get("$defs", {})
-
-    def walk(node: Any) -> Any:
-        if isinstance(node, list):
-            return [walk(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if "$ref" in node:
-            rest = {key: value for key, value in node.items() if key != "$ref"}
-            return walk(definitions[node["$ref"].rpartition("/")[2]] | rest)
-        return {key: walk(value) for key, value in node.items() if key != "$defs"}
-
-    return walk(whole)
-
-
-def _describe(node: dict[str, Any], described: dict[str, str], path: str = "") -> None:
-    for key, child in node.get("properties", {}).items():
-        full = f"{path}{key}"
-        if full in described:
-            child["description"] = described[full]
-        _describe(child, described, f"{full}.")
-
-
-def _bare(node: Any, is_properties: bool = False) -> Any:
-    """Without the titles that pydantic makes up, and without what a partial file of values need not have."""
-    if isinstance(node, list):
-        return [_bare(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    drop = () if is_properties else ("title", "required", "default", "x-rule", "propertyNames")
-    kept = {key: value for key, value in node.items() if key not in drop}
-    bare = {key: _bare(value, is_properties=key == "properties" and not is_properties) for key, value in kept.items()}
-    # The items of a list are whole objects, so that there a name is still required.
-    if not is_properties and isinstance(node.get("items"), dict) and node["items"].get("required"):
-        bare["items"]["required"] = node["items"]["required"]
-    return bare
-
-
-def rules() -> str:
-    """What the templates must know of the values, as YAML: defaults, patterns of texts, limits of fractions."""
-    values = _values_schema()
-    found = dict(_marked(values, lambda node: node.get("x-rule")))
-    numbers = dict(_marked(values["properties"]["train"], _limits))
-    facts = {
-        "defaults": yaml.safe_load((CHART / "values.yaml").read_text()),
-        # Maps of the user's own keys: null takes one away, and the default does not come back.
-        "free": list(FREE),
-        "rules": found,
-        "numbers": numbers,
-    }
-    return "# Generated by `make schema` from values.yaml and its types.\n" + yaml.safe_dump(
-        facts, sort_keys=False, width=1000
-    )
-
-
-def _limits(node: dict[str, Any]) -> dict[str, Any] | None:
-    """The limits of a fraction that may be text, too."""
-    number = next((each for each in node.get("anyOf", []) if each.get("type") == "number"), None)
-    text = any(each.get("type") == "string" for each in node.get("anyOf", []))
-    return {key: limit for key, limit in number.items() if key != "type"} if number and text else None
-
-
-def _marked(node: dict[str, Any], mark: Callable[[dict[str, Any]], Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def found_in(node: Schema, mark: Callable[[Schema], Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """Path and mark of each marked node; `[]` are a list's items, `{}` a map's values, `{key}` its keys."""
     if (found := mark(node)) is not None:
         yield path, found
         return
     start = f"{path}." if path else ""
     for key, child in node.get("properties", {}).items():
-        yield from _marked(child, mark, f"{start}{key}")
+        yield from found_in(child, mark, f"{start}{key}")
     for key, step in (("items", "[]"), ("additionalProperties", "{}"), ("propertyNames", "{key}")):
         if isinstance(node.get(key), dict):
-            yield from _marked(node[key], mark, f"{start}{step}")
+            yield from found_in(node[key], mark, f"{start}{step}")
     for child in node.get("anyOf", []):
-        yield from _marked(child, mark, path)
+        yield from found_in(child, mark, path)
 
 
-def recipes() -> str:
-    """What the templates must know of each recipe, as YAML."""
-    table = {
-        name: {key: loading.load(None, (), name).model_dump()[key] for key in NEEDED} for name in loading.recipe_names()
+def _limits(node: Schema) -> Schema | None:
+    """The limits of a fraction that may be text, too."""
+    if FRACTION not in node.get("anyOf", []):
+        return None
+    return {key: limit for key, limit in node["anyOf"][0].items() if key != "type"}
+
+
+def rules(values: Values) -> dict[str, dict[str, Any]]:
+    """What the templates need to know of the values."""
+    recipes = {name: loading.load(None, (), name).model_dump() for name in loading.recipe_names()}
+    return {
+        "defaults": values.defaults,
+        # In these maps null takes a key away; in all others it means the default.
+        "maps": {path: True for path, value in values.leaves() if isinstance(value, dict) and value},
+        "texts": dict(found_in(values.schema, lambda node: node.get("x-text"))),
+        "types": values.types.texts,
+        "numbers": dict(found_in(values.schema["properties"]["train"], _limits)),
+        "recipes": {name: {key: recipe[key] for key in CHECKED} for name, recipe in recipes.items()},
     }
-    return "# Generated by `make schema` from the trainer's recipes.\n" + yaml.safe_dump(table, sort_keys=False)
 
 
-def table() -> str:
+def lines(sections: dict[str, dict[str, Any]]) -> str:
+    """JSON with a line for each entry of a section."""
+    found = [
+        f'"{name}": {{\n' + ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in section.items()) + "\n}"
+        for name, section in sections.items()
+    ]
+    return "{\n" + ",\n".join(found) + "\n}\n"
+
+
+def for_helm(node: Any) -> Any:
+    """A schema without what only the templates check."""
+    if isinstance(node, list):
+        return [for_helm(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    return {key: for_helm(child) for key, child in node.items() if key not in ("x-text", "propertyNames")}
+
+
+def table(values: Values) -> str:
     """The README's table: every value, its default and its comment."""
-    text = (CHART / "values.yaml").read_text()
-    described = comments(text)
     rows = ["| Value | Default | Meaning |", "|---|---|---|"]
-
-    def walk(node: dict[str, Any], path: str = "") -> None:
-        for key, value in node.items():
-            full = f"{path}{key}"
-            whole = full in FREE
-            if isinstance(value, dict) and value and not whole:
-                walk(value, f"{full}.")
-            else:
-                meaning = described.get(full, "").replace("|", "\\|")
-                rows.append(f"| `{full}` | `{json.dumps(value)}` | {meaning} |")
-
-    walk(yaml.safe_load(text))
+    for path, default in values.leaves():
+        meaning = values.keys[path].comment.replace("|", "\\|")
+        rows.append(f"| `{path}` | `{json.dumps(default)}` | {meaning} |")
     return "\n".join(rows)
 
 
-def readme() -> str:
-    """The chart's README with its table renewed."""
+def readme(values: Values) -> str:
+    """The chart's README with a new table."""
     path = CHART / "README.md"
     begin, end = "<!-- values: generated by `make chart-docs` -->", "<!-- end of values -->"
     before, found, rest = path.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise SystemExit(f"error: {path} has lost the markers {begin} and {end}")
-    return f"{before}{begin}\n{table()}\n{end}{after}"
+    return f"{before}{begin}\n{table(values)}\n{end}{after}"
 
 
 def outputs(what: str) -> dict[Path, str]:
     """Each generated file and what it should hold."""
+    values = Values()
     if what == "docs":
-        return {CHART / "README.md": readme()}
+        return {CHART / "README.md": readme(values)}
+    head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of the chart"}
     return {
-        CHART / "values.schema.json": json.dumps(schema(), indent=1) + "\n",
-        CHART / "files" / "recipes.yaml": recipes(),
-        CHART / "files" / "rules.yaml": rules(),
+        CHART / "values.schema.json": json.dumps(head | for_helm(values.schema), indent=1) + "\n",
+        CHART / "files" / "rules.json": lines(rules(values)),
     }
 
 
 def main(arguments: list[str]) -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("schema", "docs"))
     parser.add_argument("--check", action="store_true")
@@ -240,7 +254,6 @@ def main(arguments: list[str]) -> int:
             print(f"error: {path} is stale; run `make schema chart-docs`", file=sys.stderr)
             stale = 1
         else:
-            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             print(f"wrote {path}")
     return stale

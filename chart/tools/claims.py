@@ -1,4 +1,4 @@
-"""How the claims of a release stand, in words, and what to type where one keeps a pod from starting."""
+"""Describe the claims of a release, and what to type if one keeps a pod from starting."""
 
 from __future__ import annotations
 
@@ -6,72 +6,79 @@ import re
 from typing import Any
 
 from kube import Release
-from kube_objects import condition
+from kube_objects import condition, named
 from pod_states import Nodes, lost
-from volumes import LOCAL, claim_of, own, purpose, uses
+from volumes import LOCAL, claim_of, own_claims_start, purpose, uses
 
-NODE = "volume.kubernetes.io/selected-node"  # annotation: the machine on which the class made a claim's volume
+NODE = "volume.kubernetes.io/selected-node"  # annotation: the machine that has a claim's volume
 ELSEWHERE = re.compile(r"volume node affinity|PersistentVolume's node affinity")
 
 
-def claims(release: Release) -> list[str]:
-    """A line for each claim; where some are not in use, which are; and what to type for what will not settle."""
-    found, workload = release.objects.get("PersistentVolumeClaim", []), release.workload
-    used = {item["metadata"]["name"] for item in found if workload and uses(workload, item["metadata"]["name"])}
+def claim_lines(release: Release) -> list[str]:
+    """A line for each claim, and what to type if the cluster has no default StorageClass."""
+    claims, workload = release.claims_of_all_kinds(), release.workload
+    used = [claim for claim in claims if workload and uses(workload, named(claim))]
     lines = []
-    for claim in found:
-        state, name = claim.get("status", {}), claim["metadata"]["name"]
-        mark = (", in use" if name in used else ", not in use, kept") if used and len(used) < len(found) else ""
+    for claim in claims:
+        state = claim.get("status", {})
+        mark = ", in use" if claim in used else ", not in use, kept"
         size = state.get("capacity", {}).get("storage", "")
-        lines.append(f"  volume {name}: {' '.join([state.get('phase', 'unknown'), size]).strip()}{mark}")
-    if any(item["metadata"]["name"] in used and classless(item) for item in found):
+        words = " ".join(filter(None, [state.get("phase", "unknown"), size]))
+        lines.append(f"  volume {named(claim)}: {words}{mark if 0 < len(used) < len(claims) else ''}")
+    if any(map(_lacks_class, used)):
         lines.append(
-            "  the cluster has no default StorageClass: `kubectl get storageclass` lists those that it has, and "
-            "`--set local.storageClassName=NAME` takes one; or a folder of each machine: `--set local.hostPath=FOLDER`"
+            "  the cluster has no default StorageClass: `kubectl get storageclass` lists the others; choose one with "
+            "`--set local.storageClassName=NAME`, or a folder of each machine with `--set local.hostPath=FOLDER`"
         )
     return lines
 
 
-def classless(claim: dict[str, Any]) -> bool:
-    """Whether a pod's own claim waits for a default storage class that the cluster does not have."""
+def _lacks_class(claim: dict[str, Any]) -> bool:
+    """Whether a pod's claim waits for a default StorageClass that the cluster does not have."""
     pending = claim.get("status", {}).get("phase") == "Pending"
     return purpose(claim) == LOCAL and pending and claim["spec"].get("storageClassName") is None
 
 
-def replacements(release: Release, nodes: Nodes) -> list[str]:
-    """For each pod whose own volume is on a machine that is away: what to type if that one is gone for good."""
-    if not own(release.workload):
+def replacement_lines(release: Release, nodes: Nodes) -> list[str]:
+    """For each pod whose volume is on a machine that is away: what to type if that machine is gone for good."""
+    if not own_claims_start(release.workload):
         return []
-    claimed = {item["metadata"]["name"]: item for item in release.objects.get("PersistentVolumeClaim", [])}
+    claims = {named(item): item for item in release.claims_of_all_kinds()}
     lines = []
     for pod in release.pods("trainer"):
-        name, claim = pod["metadata"]["name"], claim_of(pod["spec"])
-        machine = pod["spec"].get("nodeName") or place(claimed.get(claim))
-        unfit = condition(pod, "PodScheduled")
-        bound = unfit.get("status") == "False" and ELSEWHERE.search(unfit.get("message") or "")
-        gone = machine in nodes and nodes[machine] is None
-        off = machine in nodes and not gone and condition(nodes[machine] or {}, "Ready").get("status") != "True"
-        if not (machine in nodes and lost(pod, nodes)) and not (bound and (gone or off or machine not in nodes)):
+        name = claim_of(pod["spec"])
+        claim = claims.get(name, {"metadata": {}, "spec": {}})
+        machine = pod["spec"].get("nodeName") or _machine_of(claim)
+        if not _needs_replacement(pod, machine, nodes):
             continue
-        options = release.kubectl.options()
-        tied = claimed.get(claim, {"spec": {}})["spec"].get("storageClassName") != ""  # a folder of any machine is not
-        typed = [f"kubectl delete node {machine}"] if machine in nodes and not gone else []
-        typed += [f"kubectl {options} delete pvc/{claim} pod/{name}"] if tied and claim else []
+        typed = [f"kubectl delete node {machine}"] if nodes.get(machine) else []
+        if name and claim["spec"].get("storageClassName") != "":  # a hostPath may be on any machine
+            typed.append(f"kubectl {release.kubectl.options()} delete pvc/{name} pod/{named(pod)}")
         if typed:
             lines.append(
-                f"  {name}: if {machine or 'the machine of its volume'} is gone for good, another one can take its "
-                f"place, and gets data and checkpoint from the others; type: {' && '.join(typed)}"
+                f"  {named(pod)}: if {machine or 'the machine of its volume'} is gone for good, another one can take "
+                f"its place, and gets data and checkpoint from the others; type: {' && '.join(typed)}"
             )
     return lines
 
 
-def place(claim: dict[str, Any] | None) -> str:
-    """The machine that has a claim's volume; empty where that is not known."""
-    return ((claim or {"metadata": {}})["metadata"].get("annotations") or {}).get(NODE, "")
+def _needs_replacement(pod: dict[str, Any], machine: str, nodes: Nodes) -> bool:
+    """Whether a pod is lost with its machine, or can't be scheduled because its volume is on one that is away."""
+    if machine in nodes and lost(pod, nodes):
+        return True
+    scheduled = condition(pod, "PodScheduled")
+    if scheduled.get("status") != "False" or not ELSEWHERE.search(scheduled.get("message") or ""):
+        return False
+    return condition(nodes.get(machine) or {}, "Ready").get("status") != "True"
+
+
+def _machine_of(claim: dict[str, Any]) -> str:
+    """The machine that has a claim's volume; empty if it is unknown."""
+    return (claim["metadata"].get("annotations") or {}).get(NODE, "")
 
 
 def machines(release: Release) -> set[str]:
-    """The machines that the release's pods, and its own volumes, are on."""
+    """The machines that have the release's pods and the pods' volumes."""
     pods = {pod["spec"].get("nodeName", "") for pod in release.pods()}
-    used = [item for item in release.objects.get("PersistentVolumeClaim", []) if own(release.workload)]
-    return (pods | {place(item) for item in used}) - {""}
+    claims = release.claims_of_all_kinds() if own_claims_start(release.workload) else []
+    return (pods | set(map(_machine_of, claims))) - {""}

@@ -1,8 +1,8 @@
-"""Collects what a bug report needs, secrets left out, into one archive. `make diagnose` calls it.
+"""Collect what a bug report needs into one archive, without secrets. `make diagnose` calls it.
 
-Secret objects are never asked for. What is collected is redacted three times: values of environment variables and of
-keys that sound like secrets by structure; those same values wherever they occur, in `describe` and logs; and whatever
-looks like a password, a token or a key by pattern.
+Secret objects are never read. Texts are redacted three times: values of environment variables and of keys that sound
+like secrets, by structure; the same values wherever they occur, as in `describe` and logs; whatever looks like a
+password, a token or a key, by pattern.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import html
 import io
 import json
-import os
 import platform
 import re
 import shutil
@@ -19,20 +18,21 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
-from claims import claims, machines, replacements
-from kube import ROOT, Kubectl, Release, arguments, exit_code
-from pod_states import standing
+import helm
+from claims import claim_lines, machines, replacement_lines
+from kube import ROOT, Kubectl, Release, ToolError, arguments, exit_code
+from kube_objects import named
+from pod_states import state_of
 
 HIDDEN = "[left out]"
 LINES = 2000  # of each log
-SHORT = 4  # characters; a shorter value is in every text by chance
+SHORTEST = 4  # characters; a shorter value occurs in every text by chance
 OWN = re.compile(r"^(POD_NAME|K8SCIFAR_(?!HTTP_AUTHORIZATION)\w*|AWS_(ENDPOINT_URL|DEFAULT_REGION|REGION))$")
-# What the name of a setting whose value is secret has in it; names of Secret objects are not secret.
+# Parts of the names of secret settings; names of Secret objects are not secret.
 WORDS = (
     r"password|passwd|passphrase|token|secret_?access_?key|access_?key(?:_?id)?|secret_?key|credential|authorization|"
     r"api_?-?key|private_?key|client_?secret"
@@ -40,10 +40,10 @@ WORDS = (
 SECRET_KEY = re.compile(WORDS, re.I)
 NAMING_KEY = re.compile(r"(secretName|[a-z]Secret|automountServiceAccountToken|secretRef|secretKeyRef)$")
 QUERY = r"sig|token|key|secret|pass|cred|auth|policy|expire"
-# A value: up to the closing quote, else up to a space. What is hidden besides costs less than a tail that is not.
+# A value: up to the closing quote, else up to a space. Hiding too much is better than leaving a secret's end.
 VALUE = r"""(?:\\*"(?:\\.|[^"\\\n])*|\\*'(?:\\.|[^'\\\n])*|(?!\[left out\])\S+)"""
 PATTERNS = {
-    # Up to the last @: a password may hold @, and whatever else should have been encoded there.
+    # Up to the last @, because a password may contain @.
     "user:password@ of an address": (
         r"(\b[a-zA-Z][a-zA-Z0-9+.-]*:/{1,3})(?:[^\s:/]*:\S*|[^\s/]+)@",
         rf"\1{HIDDEN}@",
@@ -68,14 +68,14 @@ PATTERNS = {
 
 
 def redact(text: str) -> str:
-    """`text` without what looks like a secret."""
+    """The text without what looks like a secret."""
     for pattern, instead in PATTERNS.values():
         text = re.sub(pattern, instead, text)
     return text
 
 
 def without_secrets(node: Any, key: str = "") -> Any:
-    """A JSON tree whose secrets are left out: environment values, data of Secrets, keys that sound like one."""
+    """A JSON tree without environment values, data of Secrets, and values of keys that sound like secrets."""
     if isinstance(node, list):
         found = [without_secrets(item, key) for item in node]
         for before, (index, item) in zip(node, enumerate(node[1:], 1), strict=False):  # ["--token", "..."]
@@ -89,11 +89,11 @@ def without_secrets(node: Any, key: str = "") -> Any:
             node = node | {"value": HIDDEN}
         return {name: without_secrets(value, name) for name, value in node.items() if name != "managedFields"}
     if isinstance(node, str):
-        if "last-applied-configuration" in key:  # the same again, as one string
+        if "last-applied-configuration" in key:  # the whole object as a string
             return HIDDEN
         if node and SECRET_KEY.search(key) and not NAMING_KEY.search(key):
             return HIDDEN
-        if node[:1] in "{[" and node:  # JSON as a string, as annotations have it
+        if node[:1] in "{[" and node:  # JSON in a string, as in annotations
             with contextlib.suppress(ValueError, RecursionError):
                 return json.dumps(without_secrets(json.loads(node)))
         return redact(node)
@@ -101,7 +101,7 @@ def without_secrets(node: Any, key: str = "") -> Any:
 
 
 def settings(node: Any, key: str = "") -> set[str]:
-    """The values of environment variables in a JSON tree that are not the chart's own, but for very short ones."""
+    """The values of the user's environment variables in a JSON tree, except very short ones."""
     if isinstance(node, list):
         return set().union(*(settings(item, key) for item in node))
     if not isinstance(node, dict):
@@ -110,14 +110,14 @@ def settings(node: Any, key: str = "") -> set[str]:
     if (
         key in ("env", "extraEnv")
         and not OWN.match(str(node.get("name", "")))
-        and len(str(node.get("value", ""))) >= SHORT
+        and len(str(node.get("value", ""))) >= SHORTEST
     ):
         found.add(str(node["value"]))
     return found
 
 
 def written(value: str) -> set[str]:
-    """A secret value as it may occur in a text: in parts of an address, encoded, quoted, line by line."""
+    """The forms in which a secret may occur in a text: a part of an address, encoded, quoted, line by line."""
     found = {value}
     _, mark, rest = value.partition("://")
     user, at, _ = rest.rpartition("@")
@@ -128,11 +128,11 @@ def written(value: str) -> set[str]:
     found |= {form for each in found for form in (quote(each, safe=""), quote(each), quote_plus(each))}
     found |= {json.dumps(each, ensure_ascii=plain)[1:-1] for each in found for plain in (True, False)}
     found |= {repr(each)[1:-1] for each in found} | {html.escape(each) for each in found}
-    return {each for each in found if len(each) >= SHORT}
+    return {each for each in found if len(each) >= SHORTEST}
 
 
 class Archive:
-    """Texts, each redacted, in one open tar file; `hidden`: values that occur in none of them."""
+    """Redacted texts in an open tar file; `hidden` are values that are left out everywhere."""
 
     def __init__(self, tar: tarfile.TarFile, folder: str, hidden: set[str]) -> None:
         self._tar, self._folder = tar, folder
@@ -140,7 +140,7 @@ class Archive:
         self.names: list[str] = []
 
     def add(self, name: str, text: str) -> None:
-        """Add a text; what can be read as JSON is redacted by structure too."""
+        """Add a text; JSON is redacted by structure, too."""
         try:
             text = json.dumps(without_secrets(json.loads(text)), indent=1)
         except ValueError:
@@ -155,7 +155,7 @@ class Archive:
 
 
 def collect(release: Release, archive: Archive) -> None:
-    """Everything that is known of a release; what fails is told in its place."""
+    """Add everything about a release; what fails leaves its error message in its place."""
     kubectl = release.kubectl
 
     def ask(name: str, *words: str) -> str:
@@ -178,21 +178,19 @@ def collect(release: Release, archive: Archive) -> None:
         ("status.txt", "status", release.name),
         ("history.txt", "history", release.name),
     ):
-        archive.add(f"release/helm-{name}", helm(kubectl, *words))
+        archive.add(f"release/helm-{name}", helm_output(kubectl, *words))
     for pod in release.pods():
-        name = pod["metadata"]["name"]
-        spec = pod["spec"]
-        for container in [*spec.get("initContainers", []), *spec["containers"]]:
+        name = named(pod)
+        for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
             each = ("logs", name, f"--container={container['name']}", f"--tail={LINES}", "--timestamps")
             ask(f"logs/{name}.{container['name']}.log", *each)
             before = kubectl.run(*each, "--previous", timeout=60)
             if before.returncode == 0:
                 archive.add(f"logs/{name}.{container['name']}.previous.log", before.stdout)
-    standings = (f"{pod['metadata']['name']}: {' '.join(standing(pod))}\n" for pod in release.pods())
-    archive.add("release/pods.txt", "".join(standings))
-    told = [*replacements(release, release.nodes(machines(release))), *claims(release)]
-    archive.add("release/claims.txt", "".join(f"{line.strip()}\n" for line in told))
-    archive.add("preflight.txt", preflight(release))
+    states = (f"{named(pod)}: {' '.join(state_of(pod))}\n" for pod in release.pods())
+    archive.add("release/pods.txt", "".join(states))
+    lines = [*replacement_lines(release, release.nodes(machines(release))), *claim_lines(release)]
+    archive.add("release/claims.txt", "".join(f"{line.strip()}\n" for line in lines))
     reader = release.reader()
     if reader and (folder := release.run_dir(needed=False)):
         pod, container = reader
@@ -201,30 +199,16 @@ def collect(release: Release, archive: Archive) -> None:
         ask("run/files.txt", *inside, "ls", "-laR", folder)
         ask("run/config.yaml", *inside, "cat", f"{folder}/config.yaml")
         ask("run/metrics.jsonl", *inside, "cat", f"{folder}/metrics.jsonl")
-        # What NCCL did last before a time-out (torch's flight recorder), a pickle a rank: binary, so as text.
+        # NCCL's last collectives before a time-out (torch's flight recorder): a pickle for each rank, sent as text.
         each = 'cd "$0/nccl" 2>/dev/null && for file in *; do echo "$file"; base64 "$file"; done'
         ask("run/nccl.txt", *inside, "sh", "-c", each, folder)
         ask("run/image.txt", *inside, "k8scifar", "--version")
 
 
-def preflight(release: Release) -> str:
-    """How each pod's preflight ended, its last words with it."""
-    lines = []
-    for pod in release.pods("trainer"):
-        for status in pod.get("status", {}).get("initContainerStatuses", []):
-            if status["name"].startswith("preflight"):
-                states = (status.get("state", {}), status.get("lastState", {}))
-                ended = next((state["terminated"] for state in states if "terminated" in state), {})
-                code = ended.get("exitCode", "still running, or not started")
-                words = f"{pod['metadata']['name']} {status['name']}: exit code {code} {ended.get('message', '')}"
-                lines.append(words.rstrip())
-    return "\n".join(lines) + "\n"
-
-
 def versions(kubectl: Kubectl) -> str:
-    """Versions of everything on this side, and of the cluster."""
+    """The versions of the tools on this machine and of the cluster."""
 
-    def said(*command: str) -> str:
+    def output(*command: str) -> str:
         if not shutil.which(command[0]):
             return f"{command[0]}: not on PATH"
         done = subprocess.run(command, text=True, capture_output=True, errors="replace", timeout=60, cwd=ROOT)
@@ -233,29 +217,25 @@ def versions(kubectl: Kubectl) -> str:
     package = (ROOT / "trainer/src/k8scifar/__init__.py").read_text()
     found = re.search(r'__version__ = "([^"]+)"', package)
     lines = [f"k8scifar {found[1] if found else '?'}", f"{platform.platform()}, Python {platform.python_version()}"]
-    lines += [said("git", "describe", "--always", "--dirty"), said("helm", "version", "--short")]
-    lines += [said(*kubectl.command("version", "--output=yaml", "--request-timeout=20s"))]
-    lines += [said(tool, "version") for tool in ("kind", "k3d", "minikube", "docker") if shutil.which(tool)]
+    lines += [output("git", "describe", "--always", "--dirty"), output("helm", "version", "--short")]
+    lines += [output(*kubectl.command("version", "--output=yaml", "--request-timeout=20s"))]
+    lines += [output(tool, "version") for tool in ("kind", "k3d", "minikube", "docker") if shutil.which(tool)]
     return "\n\n".join(lines) + "\n"
 
 
-def helm(kubectl: Kubectl, *words: str) -> str:
-    """What helm says of the release."""
-    # Where `make install` keeps the one that it fetched.
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k8scifar"
-    found = os.environ.get("HELM") or shutil.which("helm") or next((str(path) for path in cached.glob("helm*-*")), "")
-    if not found:
-        return "helm: not on PATH"
-    context = [f"--kube-context={kubectl.context}"] if kubectl.context else []
-    command = [found, *words, f"--namespace={kubectl.namespace}", *context]
-    done = subprocess.run(command, text=True, capture_output=True, errors="replace", timeout=60)
+def helm_output(kubectl: Kubectl, *words: str) -> str:
+    """What Helm prints, without downloading it."""
+    try:
+        done = helm.run(*words, kubectl=kubectl, fetch=False)
+    except ToolError as error:
+        return str(error)
     return done.stdout if done.returncode == 0 else f"{done.stdout}\n{done.stderr}"
 
 
-def main(words: list[str], say: Callable[[str], None] = print) -> int:
-    """The command line."""
+def main(words: list[str]) -> int:
+    """Run the command line."""
     parser = arguments(__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("results"), help="where the archive goes")
+    parser.add_argument("--folder", type=Path, default=Path("results"), help="folder of the archive")
     args = parser.parse_args(words)
     release = Release.find(args.release, Kubectl(args.namespace, args.context))
     name = f"diagnose-{args.release}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -264,7 +244,7 @@ def main(words: list[str], say: Callable[[str], None] = print) -> int:
     with tarfile.open(path, "w:gz") as tar:
         archive = Archive(tar, name, settings([*release.objects.values()]))
         collect(release, archive)
-    say(f"{path}: {len(archive.names)} files, {path.stat().st_size / 1e3:.0f} kB; look through it before you send it")
+    print(f"{path}: {len(archive.names)} files, {path.stat().st_size / 1e3:.0f} kB; look through it before you send it")
     return 0
 
 

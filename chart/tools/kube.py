@@ -1,4 +1,4 @@
-"""kubectl, and what it says of a release of the chart; for the tools beside it. Python's standard library only."""
+"""Run kubectl and find the objects of a release. The tools import it; Python's standard library only."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kube_objects import answers, label, note, statuses
+from kube_objects import answers, label, named, note, statuses
 from volumes import claim_of, ordered, run_claim
 
 ROOT = Path(__file__).resolve().parents[2]
+CHART = str(ROOT / "chart")
 MOUNT = "/volumes/checkpoints"
 KINDS = "statefulsets,jobs,deployments,pods,persistentvolumeclaims,services,configmaps"
-# What kubectl says where it gets no answer, most telling first -> what it means, and what to type.
+# kubectl's message when the cluster does not answer, the most specific first -> what it means and what to type.
 FAILURES = (
     (
         r"context .*does not exist|context was not found|no context exists",
@@ -54,7 +55,7 @@ FORBIDDEN = re.compile(
 
 
 class ToolError(Exception):
-    """One line that says what is wrong and what to do; exit code 2."""
+    """A mistake of the user's or a fault of the cluster, in one line with what to do; exit code 2."""
 
 
 @dataclass(frozen=True)
@@ -82,30 +83,33 @@ class Kubectl:
             return subprocess.CompletedProcess(command, 124, "", f"no answer within {timeout:.0f} s: timed out")
 
     def ask(self, *arguments: str, given: str | None = None) -> str:
-        """What kubectl prints. Raises ToolError where it fails: what that means, and kubectl's own words."""
+        """What kubectl prints. Raises ToolError with the reason and kubectl's message."""
         done = self.run(*arguments, "--request-timeout=20s", given=given)
-        if done.returncode == 0:
+        # The user may see some kinds and not others.
+        if done.returncode == 0 or ("forbidden" in done.stderr.lower() and parsed_items(done.stdout)):
             return done.stdout
-        if "forbidden" in done.stderr.lower() and holds_items(done.stdout):
-            return done.stdout  # some kinds may be seen, others not
-        raise ToolError(self.why(arguments, done.stderr, done.returncode))
+        raise ToolError(self.why(arguments[0], done.stderr, done.returncode))
 
-    def why(self, arguments: tuple[str, ...], said: str, code: int) -> str:
-        """One line on a failure of kubectl."""
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        told = re.compile(r"error|unable to|the connection to|no answer", re.I)
-        words = next((line for line in lines if told.match(line)), lines[-1] if lines else f"exit code {code}")
-        if found := FORBIDDEN.search(said):
-            options = self.options()
+    def items(self, *arguments: str) -> list[dict[str, Any]] | None:
+        """The objects of `kubectl get`; None if the cluster does not give them to this user."""
+        done = self.run("get", *arguments, "--output=json", "--request-timeout=20s", timeout=30)
+        return parsed_items(done.stdout) if done.returncode == 0 else None
+
+    def why(self, verb: str, message: str, code: int) -> str:
+        """Explain a failure of kubectl in one line."""
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        start = re.compile(r"error|unable to|the connection to|no answer", re.I)
+        words = next((line for line in lines if start.match(line)), lines[-1] if lines else f"exit code {code}")
+        if found := FORBIDDEN.search(message):
             return (
                 f"{found['user']} may not {found['verb']} {found['what']} in namespace {found['where'] or 'any'}: "
-                f"another NAMESPACE=..., or ask who runs the cluster for the role; `kubectl {options} auth can-i "
-                "--list` shows what you may do"
+                f"another NAMESPACE=..., or ask who runs the cluster for the role; "
+                f"`kubectl {self.options()} auth can-i --list` shows what you may do"
             )
         for pattern, meaning in FAILURES:
             if re.search(pattern, words, re.I):
                 return f"{meaning} ({words.removeprefix('error: ')})"
-        return f"kubectl {arguments[0]}: {words.removeprefix('error: ')}"
+        return f"kubectl {verb}: {words.removeprefix('error: ')}"
 
     def options(self) -> str:
         """The options of a command that a person types for this namespace."""
@@ -113,17 +117,18 @@ class Kubectl:
         return f"-n {self.namespace}{context}"
 
 
-def holds_items(text: str) -> bool:
-    """Whether a list that kubectl printed has something in it."""
+def parsed_items(text: str) -> list[dict[str, Any]]:
+    """The objects of a list, or the one object, that kubectl printed; empty if it printed none."""
     try:
-        return bool(json.loads(text)["items"])
-    except (ValueError, KeyError, TypeError):
-        return False
+        found = json.loads(text)
+        return found.get("items", [found])
+    except (ValueError, AttributeError):
+        return []
 
 
 @dataclass
 class Release:
-    """The objects of an installed release, and those that outlive it."""
+    """The objects of a release, and those that stay after it is uninstalled."""
 
     name: str
     kubectl: Kubectl
@@ -131,79 +136,73 @@ class Release:
 
     @classmethod
     def find(cls, name: str, kubectl: Kubectl) -> Release:
-        """Ask the cluster. Raises ToolError where there is no cluster, or nothing of such a release."""
-        answer = kubectl.ask("get", KINDS, f"--selector=app.kubernetes.io/instance={name}", "--output=json")
+        """The release of this name. Raises ToolError if the cluster does not answer or has no object of it."""
         release = cls(name, kubectl)
-        for item in json.loads(answer)["items"]:
+        chosen = f"--selector=app.kubernetes.io/instance={name}"
+        for item in parsed_items(kubectl.ask("get", KINDS, chosen, "--output=json")):
             release.objects.setdefault(item["kind"], []).append(item)
         if not release.objects:
             raise ToolError(
                 f"there is no release {name} in namespace {kubectl.namespace}{release.elsewhere()}; install it "
-                "(make install), or say which: RELEASE=... NAMESPACE=..."
+                "(make install), or give another: RELEASE=... NAMESPACE=..."
             )
         return release
 
     def elsewhere(self) -> str:
-        """The releases that there are, in words; empty where that can't be seen."""
+        """A remark on the releases in other namespaces; empty if there are none, or the user may not list them."""
         chosen = "--selector=app.kubernetes.io/part-of=k8scifar"
-        done = self.kubectl.run(
-            "get", "statefulsets,jobs", "--all-namespaces", chosen, "--output=json", "--request-timeout=10s"
-        )
-        if done.returncode or not holds_items(done.stdout):
-            return ""
-        items = json.loads(done.stdout)["items"]
+        items = self.kubectl.items("statefulsets,jobs", "--all-namespaces", chosen) or []
         names = {f"{label(item, 'instance')} in namespace {item['metadata'].get('namespace', '')}" for item in items}
-        return f" (there is {', '.join(sorted(names)[:5])})"
+        return f" (there is {', '.join(sorted(names)[:5])})" if names else ""
 
     @property
     def workload(self) -> dict[str, Any] | None:
-        """The StatefulSet or the newest Job; None where the release is gone."""
+        """The StatefulSet or the newest Job; None if the release is uninstalled."""
         found = self.objects.get("StatefulSet", []) or self.objects.get("Job", [])
         return max(found, key=lambda item: item["metadata"].get("creationTimestamp", ""), default=None)
 
     def nodes(self, names: set[str]) -> dict[str, dict[str, Any] | None]:
-        """These machines, None for one that the cluster does not have; empty where a person may not look at nodes."""
-        if not names:
+        """These machines, None for one that the cluster lacks; empty if the user may not see nodes."""
+        items = self.kubectl.items("nodes", *sorted(names), "--ignore-not-found") if names else None
+        if items is None:
             return {}
-        asked = ("get", "nodes", *sorted(names), "--ignore-not-found", "--output=json", "--request-timeout=10s")
-        done = self.kubectl.run(*asked)
-        if done.returncode:
-            return {}
-        found = json.loads(done.stdout) if done.stdout.strip() else {"items": []}
-        items = found.get("items", [found])
-        return dict.fromkeys(sorted(names)) | {item["metadata"]["name"]: item for item in items}
+        return dict.fromkeys(sorted(names)) | {named(item): item for item in items}
 
     def pods(self, component: str = "") -> list[dict[str, Any]]:
-        """Its pods of a component (all: empty), by name."""
+        """Its pods of a component (empty: of all), by name."""
         found = [pod for pod in self.objects.get("Pod", []) if component in ("", label(pod, "component"))]
-        return sorted(found, key=lambda pod: pod["metadata"]["name"])
+        return sorted(found, key=named)
+
+    def claims_of_all_kinds(self) -> list[dict[str, Any]]:
+        """Its claims, those of data sets too."""
+        return self.objects.get("PersistentVolumeClaim", [])
 
     def claims(self) -> list[dict[str, Any]]:
-        """The claims of runs, the one in use first, then the newest: an older one may be kept."""
-        return ordered(self.objects.get("PersistentVolumeClaim", []), self.claim_name())
+        """The claims with runs: the one in use first, then the newest; older ones may have been kept."""
+        return ordered(self.claims_of_all_kinds(), self.claim_name())
 
     def claim_name(self) -> str:
-        """The claim that the workload keeps its run on; empty where there is no workload."""
+        """The claim that has the workload's run; empty if there is no workload."""
         return run_claim(self.workload)
 
     def carriers(self) -> list[dict[str, Any]]:
-        """What may carry the chart's notes on the run, most trusted first."""
+        """The objects that may have the chart's annotations on the run, the most trusted first."""
         kept = [*self.objects.get("Deployment", []), *self.claims(), *self.objects.get("ConfigMap", [])]
         return [item for item in [self.workload, *kept] if item]
 
     def run_dir(self, needed: bool = True) -> str:
-        """The run folder as the pods see it. Where it is not known, raises ToolError, or is empty if not `needed`."""
+        """The run folder as the pods see it. If it is unknown: raises ToolError if `needed`, else empty."""
         for item in self.carriers():
             if found := note(item, "run-dir"):
                 return found
         if not needed:
             return ""
-        raise ToolError(f"release {self.name} does not say where its run is: say it with RUN_DIR={MOUNT}/runs/NAME")
+        raise ToolError(f"the run folder of release {self.name} is unknown: give RUN_DIR={MOUNT}/runs/NAME")
 
     def reader(self, claim: str = "") -> tuple[str, str] | None:
-        """A pod that answers, and its container, that has a claim mounted (empty: the one in use), if any.
+        """A pod and its container that can read a claim (empty: the one in use); None if there is none.
 
-        TensorBoard's before the trainers'. A pod whose machine is off still says "running", but is not Ready.
+        TensorBoard comes before the trainers. A pod whose machine is off still has the state running, but is not Ready.
         """
         claim = claim or self.claim_name()
         for component in ("tensorboard", "trainer"):
@@ -211,12 +210,19 @@ class Release:
                 runs = any(status["name"] == component and "running" in status["state"] for status in statuses(pod))
                 fits = claim in ("", claim_of(pod["spec"]))
                 if runs and fits and answers(pod):
-                    return pod["metadata"]["name"], component
+                    return named(pod), component
         return None
+
+    def inside(self, *command: str) -> subprocess.CompletedProcess[str] | None:
+        """Run a command in a pod that has the run's volume; None if there is no such pod."""
+        if not (reader := self.reader()):
+            return None
+        pod, container = reader
+        return self.kubectl.run("exec", pod, f"--container={container}", "--", *command, timeout=30)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every tool takes."""
+    """A parser with the options that all tools share."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--release", default="cifar")
     parser.add_argument("--namespace", default="default")
@@ -225,7 +231,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def listening(host: str, port: str, command: str) -> int:
-    """The port as a number. Raises ToolError where it is none, taken, or can't be listened at by this user."""
+    """The port as a number. Raises ToolError if it is not a port, is in use, or needs other rights."""
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise ToolError(f"PORT={port} is no port: a number from 1 to 65535")
 
@@ -249,8 +255,8 @@ def listening(host: str, port: str, command: str) -> int:
 
 
 def exit_code(action: Callable[[], int | None]) -> int:
-    """Run a tool; a ToolError is one line and exit code 2. A reader that has had enough (`| head`) is no fault."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is taken back
+    """Run a tool and return its exit code; a ToolError becomes one line and code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that clean-up runs
     try:
         code = action() or 0
         sys.stdout.flush()
@@ -259,7 +265,7 @@ def exit_code(action: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left unsaid goes there at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (`| head`) has closed the pipe
         return 0
     except KeyboardInterrupt:
         return 130

@@ -1,8 +1,13 @@
-"""What the cluster's objects say, as kubectl prints them; for the tools beside it."""
+"""Read labels, annotations, conditions and states of the cluster's objects as kubectl prints them."""
 
 from __future__ import annotations
 
 from typing import Any
+
+
+def named(item: dict[str, Any]) -> str:
+    """The name of an object."""
+    return item["metadata"]["name"]
 
 
 def label(item: dict[str, Any], name: str) -> str:
@@ -11,26 +16,26 @@ def label(item: dict[str, Any], name: str) -> str:
 
 
 def note(item: dict[str, Any], name: str) -> str:
-    """One of the chart's annotations; empty where there is none."""
+    """One of the chart's annotations; empty if it is missing."""
     return (item["metadata"].get("annotations") or {}).get(f"k8scifar/{name}", "")
 
 
 def condition(item: dict[str, Any], kind: str) -> dict[str, Any]:
-    """One of the conditions in an object's status; empty where it has none of this type."""
+    """One of the conditions in an object's status; empty if it is missing."""
     found = item.get("status", {}).get("conditions") or []
     return next((each for each in found if each["type"] == kind), {})
 
 
 def statuses(pod: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of its containers, those that initialise it first."""
+    """The statuses of a pod's containers, init containers first."""
     status = pod.get("status", {})
     return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
 
 
 def answers(pod: dict[str, Any]) -> bool:
-    """Whether a command can be run in a pod: not on its way out, and its machine is there.
+    """Whether a pod can run a command: it is not being deleted, and its machine is reachable.
 
-    The kubelet sets both conditions alike; where only Ready is false, the node controller has missed its machine.
+    The kubelet sets both conditions together; the node controller sets only Ready, if it can't reach the machine.
     """
     ready, containers = condition(pod, "Ready"), condition(pod, "ContainersReady")
     missed = ready.get("status") in ("False", "Unknown") and containers.get("status") == "True"

@@ -1,4 +1,4 @@
-"""What `make scaling` has measured in a cluster: kept as it comes, drawn at the end."""
+"""The measurements of `make scaling NODES=2` in scaling.json, and their table and picture."""
 
 from __future__ import annotations
 
@@ -12,72 +12,70 @@ from typing import Any
 from kube import ROOT, ToolError
 
 DRAW = ROOT / "trainer" / "benchmarks" / "scaling.py"
-RECORD = "scaling.json"  # in the folder of results
 
 
-class Series:
-    """What has been measured with one set of values, kept in a file as it comes."""
+class Record:
+    """What has been measured with one set of values; the file is written after each training."""
 
-    def __init__(self, folder: Path, key: str) -> None:
-        """Go on with what the folder holds of these values; what it holds of others is kept beside."""
-        self.folder, self.path = folder, folder / RECORD
-        self.found: dict[str, Any] = {"series": secrets.token_hex(3), "key": key, "unit": "nodes", "measured": []}
+    def __init__(self, folder: Path, digest: str) -> None:
+        """Go on with the folder's measurements of these values; keep those of other values under another name."""
+        self.folder, self.path = folder, folder / "scaling.json"
+        self.content: dict[str, Any] = {"series": secrets.token_hex(3), "key": digest, "unit": "nodes", "measured": []}
         if self.path.exists():
             try:
                 before = json.loads(self.path.read_text())
-                series, same = before["series"], before["key"] == key
+                series, same = before["series"], before["key"] == digest
             except (OSError, ValueError, KeyError, TypeError):
-                raise ToolError(f"{self.path} is none that make scaling wrote: move it away") from None
+                raise ToolError(f"make scaling did not write {self.path}: move it away") from None
             if same:
-                self.found = before
+                self.content = before
             elif before["measured"]:
                 former = self.path.with_stem(f"scaling-{series}")
                 self.path.rename(former)
                 print(f"{self.path} was measured with other values: kept as {former}", flush=True)
-        self.save()
+        self._save()
 
     @property
-    def name(self) -> str:
-        """What tells this series from all others."""
-        return self.found["series"]
+    def series(self) -> str:
+        """The name of this series of measurements."""
+        return self.content["series"]
 
     @property
     def measured(self) -> dict[int, dict[str, Any]]:
-        """What each number of nodes came to, so far."""
-        return {each["count"]: each for each in self.found["measured"]}
+        """The figures so far, by number of nodes."""
+        return {each["count"]: each for each in self.content["measured"]}
 
     def add(self, figures: dict[str, Any]) -> None:
-        """Keep another number of nodes."""
-        done = self.measured | {figures["count"]: figures}
-        self.found["measured"] = [done[count] for count in sorted(done)]
-        self.save()
+        """Add the figures of another number of nodes."""
+        self.content["measured"] = [*self.content["measured"], figures]
+        self.content["measured"].sort(key=lambda each: each["count"])
+        self._save()
 
-    def save(self) -> None:
-        """Write the file as a whole or not at all. Raises ToolError."""
+    def draw(self, where: str) -> None:
+        """Write the picture and the table. Raises ToolError."""
+        self.content["note"] = note(self.content["measured"], where)
+        self._save()
+        if not draw(self.path, self.folder):
+            raise ToolError(f"the picture could not be drawn; the measurements are kept in {self.path}")
+        print(f"\nkept in {self.folder}: scaling.png, scaling.md, {self.path.name}", flush=True)
+
+    def _save(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             begun = self.path.with_suffix(".tmp")
-            begun.write_text(json.dumps(self.found, indent=1) + "\n")
+            begun.write_text(json.dumps(self.content, indent=1) + "\n")
             begun.replace(self.path)
         except OSError as error:
             raise ToolError(f"{error.filename or self.path} can't be written: {error.strerror}") from None
 
-    def draw(self, where: str) -> None:
-        """The picture and the table of what has been measured. Raises ToolError."""
-        self.found["note"] = note(self.found["measured"], where)
-        self.save()
-        if not draw(self.path, self.folder):
-            raise ToolError(f"the picture could not be drawn; what was measured is kept in {self.path}")
-        print(f"\nkept in {self.folder}: scaling.png, scaling.md, {RECORD}", flush=True)
-
 
 def draw(path: Path, folder: Path) -> bool:
-    """Draw what a file holds into a folder; whether that was done."""
+    """Draw a file's measurements into a folder and return whether that worked."""
     return subprocess.run([sys.executable, str(DRAW), "--draw", str(path), "--out", str(folder)]).returncode == 0
 
 
 def note(measured: list[dict[str, Any]], where: str) -> str:
-    """What stands under the table: what was measured, and on which machines."""
+    """The text under the table: what was measured, and on which machines."""
     one = measured[0]
     ranks = f"{one['ranks']} rank(s) on each node, " if one["ranks"] > 1 else ""
     lines = [

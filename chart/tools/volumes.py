@@ -1,14 +1,14 @@
 """The claims of a release: what each is for, which a workload uses, and which belong together.
 
-A workload's pods share a claim `checkpoints`, or each has one of its own, `local-WORKLOAD-ORDINAL`, with its copy of
-the run; of those, pod 0's holds all results.
+A workload's pods share the claim `checkpoints`, or each pod has a claim `local-WORKLOAD-ORDINAL` with its copy of the
+run; pod 0's has all results.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from kube_objects import label
+from kube_objects import label, named
 
 LOCAL = "local"
 
@@ -19,53 +19,57 @@ def purpose(claim: dict[str, Any]) -> str:
 
 
 def mounted(spec: dict[str, Any]) -> dict[str, str]:
-    """The claims of a pod's spec, by volume."""
+    """The claims in a pod's spec, by volume."""
     found = {each["name"]: each.get("persistentVolumeClaim") or {} for each in spec.get("volumes") or []}
     return {name: claim["claimName"] for name, claim in found.items() if claim}
 
 
 def claim_of(spec: dict[str, Any]) -> str:
-    """The claim that has the runs in a pod's spec, if it has one."""
+    """The claim with the run in a pod's spec; empty if it has none."""
     found = mounted(spec)
     return found.get("checkpoints") or found.get(LOCAL, "")
 
 
+def _pod_spec(workload: dict[str, Any]) -> dict[str, Any]:
+    return workload["spec"].get("template", {}).get("spec", {})
+
+
 def run_claim(workload: dict[str, Any] | None) -> str:
-    """The claim that a workload keeps its run on, pod 0's where each has its own; empty where there is no workload."""
+    """The claim with a workload's run, pod 0's if each pod has one; empty if there is no workload."""
     if not workload:
         return ""
-    return f"{own(workload)}0" if own(workload) else claim_of(workload["spec"].get("template", {}).get("spec", {}))
+    start = own_claims_start(workload)
+    return f"{start}0" if start else claim_of(_pod_spec(workload))
 
 
 def uses(workload: dict[str, Any], claim: str) -> bool:
     """Whether pods of a workload mount a claim."""
-    start = own(workload)
+    start = own_claims_start(workload)
     if start and claim.startswith(start):
         return claim.removeprefix(start).isdecimal()
-    return claim in mounted(workload["spec"].get("template", {}).get("spec", {})).values()
+    return claim in mounted(_pod_spec(workload)).values()
 
 
-def own(workload: dict[str, Any] | None) -> str:
-    """How the names of claims begin of which each pod has one for itself; empty where they share."""
+def own_claims_start(workload: dict[str, Any] | None) -> str:
+    """The start of the claims' names if each pod has a claim; empty if the pods share claims."""
     templates = (workload or {"spec": {}})["spec"].get("volumeClaimTemplates") or []
-    return f"{templates[0]['metadata']['name']}-{workload['metadata']['name']}-" if workload and templates else ""
+    return f"{named(templates[0])}-{named(workload)}-" if workload and templates else ""
 
 
-def siblings(claim: dict[str, Any]) -> tuple[str, int]:
-    """What the claims of one workload's pods have in common, and this one's place among them."""
-    name = claim["metadata"]["name"]
-    stem, _, ordinal = name.rpartition("-")
-    return (stem, int(ordinal)) if purpose(claim) == LOCAL and ordinal.isdecimal() else (name, 0)
+def group(claim: dict[str, Any]) -> tuple[str, int]:
+    """The name that the claims of one workload's pods share, and the pod's ordinal."""
+    stem, _, ordinal = named(claim).rpartition("-")
+    return (stem, int(ordinal)) if purpose(claim) == LOCAL and ordinal.isdecimal() else (named(claim), 0)
 
 
 def ordered(claims: list[dict[str, Any]], first: str) -> list[dict[str, Any]]:
-    """The claims of runs: the one named first and its siblings, then the newest; of siblings, pod 0's first."""
-    found = [item for item in claims if purpose(item) in ("checkpoints", LOCAL)]
+    """The claims with runs: the group of the claim `first`, then the newest group; in a group, pod 0's first."""
+    found = [claim for claim in claims if purpose(claim) in ("checkpoints", LOCAL)]
     newest: dict[str, str] = {}
-    for item in found:
-        stem, made = siblings(item)[0], item["metadata"].get("creationTimestamp") or ""
+    for claim in found:
+        stem, made = group(claim)[0], claim["metadata"].get("creationTimestamp") or ""
         newest[stem] = max(newest.get(stem, ""), made)
-    used = {siblings(item)[0] for item in found if item["metadata"]["name"] == first}
-    found.sort(key=lambda item: siblings(item)[1])
-    found.sort(key=lambda item: newest[siblings(item)[0]], reverse=True)
-    return sorted(found, key=lambda item: siblings(item)[0] not in used)
+    used = {group(claim)[0] for claim in found if named(claim) == first}
+    found.sort(key=lambda claim: group(claim)[1])
+    found.sort(key=lambda claim: newest[group(claim)[0]], reverse=True)
+    return sorted(found, key=lambda claim: group(claim)[0] not in used)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -156,8 +157,8 @@ def what_the_code_says() -> tuple[str, ...]:
                 said.append(node.value)
     refusals = "\n".join((REPOSITORY / f"chart/templates/{name}.tpl").read_text() for name in ("_validate", "_pod"))
     said += [re.sub(r"%[a-z]", "…", text) for text in re.findall(r"\"((?:[^\"\\]|\\.)*)\"", refusals)]
-    rules = (REPOSITORY / "chart/files/rules.yaml").read_text()
-    said += [text.replace("''", "'") for text in re.findall(r"^ +words: '(.*)'$", rules, re.M)]
+    types = json.loads((REPOSITORY / "chart/files/rules.json").read_text())["types"]
+    said += [each["sentence"] for each in types.values()]
     return tuple(" ".join(text.split()) for text in said)
 
 

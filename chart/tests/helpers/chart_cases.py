@@ -119,7 +119,9 @@ def case(path: str) -> tuple[dict[str, Any], Any]:
     for prefix, beside in BESIDE.items():
         if path.startswith(prefix):
             base |= copy.deepcopy(beside)
-    return base, OTHER[path] if path in OTHER else changed(at(DEFAULTS, path))
+    value = at(base, path)
+    value = at(DEFAULTS, path) if value is None else value
+    return base, OTHER[path] if path in OTHER else changed(value)
 
 
 def words(path: str, value: Any) -> Iterator[str]:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,13 +19,13 @@ SERVER = "--set=nfs.server=192.0.2.1"
 FILES = sorted(path.name for path in VALUES.glob("*.yaml"))
 NFS = ("two-node.yaml", SERVER)
 LOCAL = ("local.yaml",)
-# Ten times as fast, where it is to be had.
+# Ten times as fast, if it is installed.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @functools.cache
 def helm(major: int = 4) -> str:
-    """Path of a Helm binary; skips the test where none can be had."""
+    """Path of a Helm binary; skips the test if there is none."""
     import helm as finder
 
     try:
@@ -34,35 +35,35 @@ def helm(major: int = 4) -> str:
 
 
 def layers(name: str) -> tuple[str, ...]:
-    """Options that make a file in values/ whole, as its own first lines tell."""
+    """The options that a file in values/ needs, as its first lines show."""
     if re.search("hostPath|^local:", (VALUES / name).read_text(), re.MULTILINE):
         return (name,)
     return (*NFS, name) if name != NFS[0] else NFS
 
 
-@functools.cache
+@functools.lru_cache(1000)
 def run(
-    *options: str, major: int = 4, verb: str = "template", release: str = "cifar"
+    *options: str, major: int = 4, verb: str = "template", release: str = "cifar", chart: Path = CHART
 ) -> subprocess.CompletedProcess[str]:
-    """`helm template` (or another verb) with files of values/ and further options, a name being a file."""
+    """`helm template` (or another verb) with options, of which a plain name is a file in values/."""
     name = (release,) if verb in ("template", "install") else ()
     arguments = [
         item for option in options for item in (("-f", str(VALUES / option)) if option in FILES else (option,))
     ]
     return subprocess.run(
-        [helm(major), verb, *name, str(CHART), *arguments], capture_output=True, text=True, check=False, timeout=60
+        [helm(major), verb, *name, str(chart), *arguments], capture_output=True, text=True, check=False, timeout=120
     )
 
 
-def render(*options: str, major: int = 4, release: str = "cifar") -> list[dict]:
-    """The objects that Helm renders; fails the test where it refuses."""
-    done = run(*options, major=major, release=release)
+def render(*options: str, **choices: Any) -> list[dict]:
+    """The objects that Helm renders; fails the test if it refuses."""
+    done = run(*options, **choices)
     assert done.returncode == 0, done.stderr
     return [item for item in yaml.load_all(done.stdout, LOADER) if item]
 
 
 def refused(*options: str, major: int = 4) -> str:
-    """Helm's words when it refuses; fails the test where it does not."""
+    """Helm's message when it refuses; fails the test if it does not."""
     done = run(*options, major=major)
     assert done.returncode != 0, "Helm rendered what it should refuse"
     return done.stderr
@@ -76,7 +77,7 @@ def one(objects: list[dict], kind: str, name: str | None = None) -> dict:
 
 
 def component(objects: list[dict], kind: str, name: str) -> dict:
-    """The only object of a kind that carries this component's label: dataset, checkpoints, trainer, tensorboard."""
+    """The only object of a kind with this component's label: dataset, checkpoints, trainer, tensorboard."""
     labels = {"app.kubernetes.io/component": name}.items()
     return one([item for item in objects if labels <= item["metadata"]["labels"].items()], kind)
 

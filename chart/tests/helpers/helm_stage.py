@@ -37,18 +37,18 @@ class Helm:
         self.items: Callable[[], list[dict[str, Any]]] = list
         self.during: Callable[[int], None] = lambda nodes: None  # after an installation
 
-    def __call__(self, chart: Any, *words: str) -> subprocess.CompletedProcess[str]:
-        """As scaling_chart.Chart calls it."""
+    def __call__(self, *words: str, kubectl: Any, fetch: bool = True) -> subprocess.CompletedProcess[str]:
+        """As the tools call helm.run."""
         self.calls.append(list(words))
         if self.real and words[0] != "template":
-            done = self.real(chart, *words)
+            done = self.real(*words, kubectl=kubectl)
             if words[0] == "upgrade" and not done.returncode:
                 self.install(self.items())
             elif words[0] == "uninstall":
                 self.stage.objects(self.items())
             return done
         if words[0] == "template":
-            return template(*words, f"--namespace={chart.namespace}")
+            return template(*words, f"--namespace={kubectl.namespace}")
         if words[0] == "get":
             given = {"workload": {"annotations": {ANNOTATION: self.series}}} if self.series else None
             return self.ended(json.dumps(given)) if self.series is not None else self.ended("", "release: not found")
@@ -57,7 +57,7 @@ class Helm:
         if words[0] == "upgrade":
             series = words[-1].rpartition("=")[2]
             same = [word.replace(series, NO_SERIES) for word in words[2:]]  # as it was rendered before
-            text = template("template", *same, f"--namespace={chart.namespace}").stdout
+            text = template("template", *same, f"--namespace={kubectl.namespace}").stdout
             text = re.sub(rf"(scaling-\d+-|{ANNOTATION}: ){NO_SERIES}\b", rf"\g<1>{series}", text)
             self.install([item for item in yaml.load_all(text, LOADER) if item])
         if words[0] == "uninstall":

@@ -18,11 +18,14 @@ from urllib.parse import parse_qs, urlsplit
 
 from cluster_stage import TOOLS
 
+SHORT = {"persistentvolumeclaims": ["pvc"], "persistentvolumes": ["pv"], "services": ["svc"]}
+CLUSTER_WIDE = ("Node", "PersistentVolume")
 GROUPS = {
     "": {
         "pods": "Pod",
         "services": "Service",
         "persistentvolumeclaims": "PersistentVolumeClaim",
+        "persistentvolumes": "PersistentVolume",
         "events": "Event",
         "nodes": "Node",
         "configmaps": "ConfigMap",
@@ -62,12 +65,22 @@ class Api(http.server.BaseHTTPRequestHandler):
             version = f"{group}/v1".lstrip("/")
             verbs = ["get", "list", "create", "delete", "watch"]
             found = [
-                {"name": name, "singularName": kind.lower(), "kind": kind, "namespaced": kind != "Node", "verbs": verbs}
+                {"name": name, "singularName": kind.lower(), "kind": kind, "verbs": verbs}
+                | {"namespaced": kind not in CLUSTER_WIDE, "shortNames": SHORT.get(name, [])}
                 for name, kind in self.groups[group].items()
             ]
             return self.answer({"kind": "APIResourceList", "groupVersion": version, "resources": found})
         if rest[-1:] == ["log"]:
-            return self.answer("log of " + query["container"][0], "text/plain")
+            name = query["container"][0]
+            if name in self.server.waiting:
+                status = {
+                    "kind": "Status",
+                    "apiVersion": "v1",
+                    "status": "Failure",
+                    "message": self.server.waiting[name],
+                }
+                return self.answer(status, code=400)
+            return self.answer("log of " + name, "text/plain")
         if rest[0] == "namespaces" and len(rest) > 2:
             namespace, rest = rest[1], rest[2:]
         else:
@@ -118,6 +131,7 @@ class Cluster:
     def __init__(self, server: http.server.ThreadingHTTPServer, folder: Path) -> None:
         self._server, self.folder = server, folder
         server.items, server.asked, server.secrets, server.refuse = [], [], {}, lambda path: None
+        server.waiting = {}
         cluster = {"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
         self.config = {"clusters": [cluster], "contexts": [], "current-context": "here"}
         self.config["contexts"].append({"name": "here", "context": {"cluster": "here", "user": ""}})
@@ -136,15 +150,24 @@ class Cluster:
         """Answer each path that holds `where` so."""
         self._server.refuse = lambda path: (code, reason, message) if where in path else None
 
+    def refuse_log(self, container: str, message: str) -> None:
+        """Answer that a container has no log yet."""
+        self._server.waiting[container] = message
+
     def command(self, name: str, *words: str) -> list[str]:
-        """The command line of a tool; the kubeconfig is written for it."""
+        """The command line of a tool; writes the kubeconfig."""
         (self.folder / "kubeconfig").write_text(json.dumps(self.config))
         return [sys.executable, str(TOOLS / f"{name}.py"), *words]
 
     def run(self, name: str, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a tool to its end."""
+        return self.call(self.command(name, *words))
+
+    def call(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        """Run a command against the server to its end."""
+        (self.folder / "kubeconfig").write_text(json.dumps(self.config))
         options = {"env": self.environment, "cwd": self.folder, "capture_output": True, "text": True, "timeout": 120}
-        return subprocess.run(self.command(name, *words), **options)
+        return subprocess.run(command, **options)
 
 
 @contextlib.contextmanager

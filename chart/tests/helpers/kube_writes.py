@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import kube_api
 import yaml
 
-GROUPS = kube_api.GROUPS | {"": kube_api.GROUPS[""] | {"secrets": "Secret", "persistentvolumes": "PersistentVolume"}}
+GROUPS = kube_api.GROUPS | {"": kube_api.GROUPS[""] | {"secrets": "Secret"}}
 PROTOBUF, MAGIC = "application/vnd.kubernetes.protobuf", b"k8s\0"
 METADATA, NAME, LABELS = 1, 1, 11  # fields of a Secret and of its metadata
 SENT, LISTED = 2, 2  # fields: what an envelope holds; the items of a list

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import yaml
-from chart_helpers import CHART, NFS, component, helm, trainer
+from chart_helpers import NFS, component, render, run, trainer
 from hosts import command_line, several
 from patience import patient
 
@@ -125,10 +125,8 @@ def rendered(tmp_path: Path, kind: str = "StatefulSet", options: tuple[str, ...]
     values.write_text(
         yaml.safe_dump({"dataset": {"source": "synthetic:200:50"}, "train": SMALL | train, "workload": {"kind": kind}})
     )
-    files = ("-f", "values/two-node.yaml", "-f", str(values))
-    command = [helm(), "template", "cifar", str(CHART), *files, NFS[1], *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=CHART.parent, check=True)
-    return [item for item in yaml.safe_load_all(done.stdout) if item]
+    run.cache_clear()  # the file of values may have changed
+    return render(*NFS, f"-f={values}", *options)
 
 
 def until(condition, seconds: float, pods) -> None:
