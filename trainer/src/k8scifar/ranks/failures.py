@@ -33,6 +33,8 @@ MISTAKES = {
     "NCCL finds no network interface: set distributed.interface to the one that reaches the others",
 }  # fmt: skip
 NCCL_MISTAKES = r"ncclinvalidusage|ncclinvalidargument|\binvalid usage\b"
+# What torch puts before the text of an error in a hook of DDP's: all modes add up gradients in one.
+IN_A_HOOK = r"^Got the following error when running the callback: \w+: "
 OUT_OF_MEMORY = r"out of memory|cudnn_status_alloc_failed|cublas_status_alloc_failed"
 # gloo's, the store's and NCCL's words for a peer that ended, fell silent or was cut off. Of NCCL's, "remote process
 # exited", "peer may have", "got completion from peer" and "connection refused" were never seen in a real log.
@@ -62,7 +64,7 @@ def failure(error: BaseException, size: int) -> RankError | TrainingError | None
     Args:
         size: number of ranks.
     """
-    text = str(error)
+    text = _text(error)
     if not isinstance(error, RuntimeError | ValueError) or is_peer_failure(error, size):
         return None
     from_nccl = isinstance(error, dist.DistError) or _is_nccl(text)
@@ -88,7 +90,7 @@ def is_peer_failure(error: BaseException, size: int) -> bool:
     """Whether a collective could not be finished because one of `size` ranks died, fell silent or was cut off."""
     if size == 1 or not isinstance(error, RuntimeError):
         return False
-    text = str(error)
+    text = _text(error)
     if isinstance(error, torch.cuda.OutOfMemoryError) or _found(OUT_OF_MEMORY, text):
         return False
     if any(_found(words, text) for words in MISTAKES):
@@ -100,13 +102,17 @@ def is_peer_failure(error: BaseException, size: int) -> bool:
 
 def told(error: BaseException) -> str:
     """A failure in a few words: NCCL's last error, which stands some lines down, else the first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in _text(error).splitlines() if line.strip()] or [type(error).__name__]
     first = re.sub(r"^\[/?\S+:\d+\] ", "", lines[0]).partition(". This is typically")[0]
     if not _is_nccl(first):
         return first.partition(" Exception raised from")[0]
     name = next((line.partition(":")[0] for line in lines if line.startswith("nccl")), "NCCL")
     last = lines[lines.index("Last error:") + 1 :][:1] if "Last error:" in lines else []
     return f"{name}: {last[0]}" if last else re.sub(r" in: \S+,", ":", first)
+
+
+def _text(error: BaseException) -> str:
+    return re.sub(IN_A_HOOK, "", str(error))
 
 
 def _is_nccl(text: str) -> bool:
