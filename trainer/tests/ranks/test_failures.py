@@ -143,5 +143,5 @@ def test_a_peer_lost_in_a_hook_of_ddp_is_lost_alike(error):
     kind = type(error).__name__
     inside = RuntimeError(f"Got the following error when running the callback: {kind}: {error}")
     assert failures.told(inside) == failures.told(error)
-    if not isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+    if kind != "DistBackendError":  # NCCL's, which its watchdog raises outside of hooks
         assert failures.is_peer_failure(inside, 2) and failures.failure(inside, 2) is None

@@ -34,7 +34,7 @@ MISTAKES = {
 }  # fmt: skip
 NCCL_MISTAKES = r"ncclinvalidusage|ncclinvalidargument|\binvalid usage\b"
 # What torch puts before the text of an error in a hook of DDP's: all modes add up gradients in one.
-IN_A_HOOK = r"^Got the following error when running the callback: \w+: "
+IN_A_HOOK = r"^Got the following error when running the callback: ([\w.]+): "
 OUT_OF_MEMORY = r"out of memory|cudnn_status_alloc_failed|cublas_status_alloc_failed"
 # gloo's, the store's and NCCL's words for a peer that ended, fell silent or was cut off. Of NCCL's, "remote process
 # exited", "peer may have", "got completion from peer" and "connection refused" were never seen in a real log.
@@ -95,7 +95,8 @@ def is_peer_failure(error: BaseException, size: int) -> bool:
         return False
     if any(_found(words, text) for words in MISTAKES):
         return False
-    if isinstance(error, dist.DistNetworkError | dist.DistStoreError) or _found(PEER, text):
+    kind = found[1] if (found := re.match(IN_A_HOOK, str(error))) else type(error).__name__
+    if kind.rpartition(".")[2] in ("DistNetworkError", "DistStoreError") or _found(PEER, text):
         return True
     return (isinstance(error, dist.DistError) or _is_nccl(text)) and _found(NCCL_PEER, text)
 
