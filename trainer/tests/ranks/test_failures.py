@@ -135,3 +135,13 @@ def test_other_errors_stay_what_they_are(error, size):
 def test_the_last_error_of_nccl_is_what_is_told():
     assert failures.brief(MISTAKES[0][0]).startswith("ncclInvalidUsage: Duplicate GPU detected : rank 1 and rank 0")
     assert failures.brief(PEERS[0]) == "Connection closed by peer [10.1.0.7]:40113"
+
+
+@pytest.mark.parametrize("error", PEERS)
+def test_a_peer_lost_in_a_hook_of_ddp_is_lost_alike(error):
+    """torch turns each error there into a RuntimeError with these words before it (seen with gloo)."""
+    kind = type(error).__name__
+    inside = RuntimeError(f"Got the following error when running the callback: {kind}: {error}")
+    assert failures.brief(inside) == failures.brief(error)
+    if kind != "DistBackendError":  # NCCL's, which its watchdog raises outside of hooks
+        assert failures.is_peer_failure(inside, 2) and failures.failure(inside, 2) is None

@@ -33,6 +33,8 @@ MISTAKES = {
     "NCCL finds no network interface: set distributed.interface to the one that reaches the others",
 }  # fmt: skip
 NCCL_MISTAKES = r"ncclinvalidusage|ncclinvalidargument|\binvalid usage\b"
+# What torch puts before the text of an error in a hook of DDP's: all modes add up gradients in one.
+IN_A_HOOK = r"^Got the following error when running the callback: ([\w.]+): "
 OUT_OF_MEMORY = r"out of memory|cudnn_status_alloc_failed|cublas_status_alloc_failed"
 # How gloo, the store and NCCL report a peer that ended, fell silent or was cut off. Never seen in a real log: NCCL's
 # "remote process exited", "peer may have", "got completion from peer" and "connection refused".
@@ -62,7 +64,7 @@ def failure(error: BaseException, size: int) -> RankError | TrainingError | None
     Args:
         size: number of ranks.
     """
-    text = str(error)
+    text = _text(error)
     if not isinstance(error, RuntimeError | ValueError) or is_peer_failure(error, size):
         return None
     from_nccl = isinstance(error, dist.DistError) or _is_nccl(text)
@@ -88,25 +90,30 @@ def is_peer_failure(error: BaseException, size: int) -> bool:
     """Whether a collective failed because one of `size` ranks died, fell silent or was cut off."""
     if size == 1 or not isinstance(error, RuntimeError):
         return False
-    text = str(error)
+    text = _text(error)
     if isinstance(error, torch.cuda.OutOfMemoryError) or _found(OUT_OF_MEMORY, text):
         return False
     if any(_found(words, text) for words in MISTAKES):
         return False
-    if isinstance(error, dist.DistNetworkError | dist.DistStoreError) or _found(PEER, text):
+    kind = found[1] if (found := re.match(IN_A_HOOK, str(error))) else type(error).__name__
+    if kind.rpartition(".")[2] in ("DistNetworkError", "DistStoreError") or _found(PEER, text):
         return True
     return (isinstance(error, dist.DistError) or _is_nccl(text)) and _found(NCCL_PEER, text)
 
 
 def brief(error: BaseException) -> str:
     """Return NCCL's last error, which follows some lines down, or else the first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in _text(error).splitlines() if line.strip()] or [type(error).__name__]
     first = re.sub(r"^\[/?\S+:\d+\] ", "", lines[0]).partition(". This is typically")[0]
     if not _is_nccl(first):
         return first.partition(" Exception raised from")[0]
     name = next((line.partition(":")[0] for line in lines if line.startswith("nccl")), "NCCL")
     last = lines[lines.index("Last error:") + 1 :][:1] if "Last error:" in lines else []
     return f"{name}: {last[0]}" if last else re.sub(r" in: \S+,", ":", first)
+
+
+def _text(error: BaseException) -> str:
+    return re.sub(IN_A_HOOK, "", str(error))
 
 
 def _is_nccl(text: str) -> bool:
