@@ -182,7 +182,7 @@ test-nightly: ## run the tests that take minutes each, which `make test` leaves 
 	@$(MAKE) test ARGS="-m nightly $(ARGS)"
 
 # What has to work with every torch that pyproject.toml allows, in an environment of its own: .venv-oldest, .venv-newest.
-CORE = $(addprefix trainer/tests/,training/test_train.py training/test_checkpoint.py exchange/test_comm.py launch/test_launch.py launch/test_supervisor.py \
+CORE = $(addprefix trainer/tests/,training/test_train.py training/test_world_size.py training/test_checkpoint.py exchange/test_comm.py launch/test_launch.py launch/test_supervisor.py \
 	launch/test_launch_torchrun.py training/test_golden.py)
 TORCH ?= oldest
 

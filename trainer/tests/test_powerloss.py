@@ -165,7 +165,7 @@ def test_a_file_that_comes_altered_gets_no_name(tmp_path):
     part = transfer._Part(tmp_path, transfer.File("model.bin", hashlib.sha256(b"right").hexdigest(), 5))
     part.open()
     part.add(torch.tensor(list(b"wrong"), dtype=torch.uint8))
-    with pytest.raises(TrainingError, match="did not come as it was announced"):
+    with pytest.raises(TrainingError, match="has another sha256 than was announced"):
         part.finish()
     part.close()
     assert not list(tmp_path.iterdir())

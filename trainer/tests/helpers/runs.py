@@ -61,9 +61,14 @@ def free_ports(count: int) -> list[int]:
 
 
 def train_in_turn(
-    folder: Path, data: Path, trainings: list[dict], ranks: int = 2, config: dict = TINY
+    folder: Path,
+    data: Path,
+    trainings: list[dict],
+    ranks: int = 2,
+    config: dict = TINY,
+    program: str = "comm_ranks.py",
 ) -> subprocess.CompletedProcess:
-    """Run the trainings (keys: name, sets, comm_ranks.py's) one after the other in the same ranks."""
+    """Run the trainings (keys: name, sets, the program's) one after the other in the same ranks."""
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     plan = []
     for port, training in zip(free_ports(len(trainings)), trainings, strict=True):
@@ -75,7 +80,7 @@ def train_in_turn(
         plan.append(training | {"port": port, "arguments": [*paths, "--name", training["name"], *sets], "cut": cut})
     (folder / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return run([*command, str(HELPERS / "comm_ranks.py"), str(folder / "plan.json")], timeout=280)
+    return run([*command, str(HELPERS / program), str(folder / "plan.json")], timeout=280)
 
 
 def cli_command(*arguments: str) -> list[str]:

@@ -1,99 +1,268 @@
-"""Losses of tiny trainings, kept in golden.json: what computes may change, the mathematics may not. `make golden`.
+"""What the first 20 steps of recipes come to, kept in golden.json: rounding may change it, nothing else may.
 
-golden.py writes the file anew and says what changed; golden.py --print only prints what it measures, as JSON.
+golden.py (`make golden`) writes the file anew and says what changed; golden.py --print NAME... prints those trainings.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 PATH = Path(__file__).with_name("golden.json")
-STEPS = 6
-TRAININGS = [(optimizer, precision) for optimizer in ("sgd", "muon") for precision in ("fp32", "bf16")]
-# Greatest relative difference of a loss between machines and releases of torch: rounding, amplified by the steps.
-TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
+REPOSITORY = PATH.parents[3]
+# Two processes side by side take every other one, and so the same time.
+TRAININGS = ["demo.fp32", "quick.fp32", "quick.bf16", "demo.bf16", "standard.fp32", "standard.bf16"]
+STEPS = 20  # whose losses, images and rates are kept
+FIRST = 3  # steps of which the rest is kept
+MICRO_BATCH = 20
+# All else is the recipe's own. As in a real training these are the first of several hundred steps.
 SETS = [
-    "epochs=1", "global_batch=100", "micro_batch=50", "optimizer.lr=0.002", "optimizer.muon_lr=0.002",
-    "optimizer.norm_bias_lr=1.0",
-    "resolution=[{until: 0.5, pixels: 8}, {until: 1.0, pixels: 12}]", "label_smoothing=0.1",
-    "evaluation.tta=false", "evaluation.every_epochs=0", "checkpoint.every_seconds=0", "log.tensorboard=false",
+    "epochs=200", f"global_batch={2 * MICRO_BATCH}", f"micro_batch={MICRO_BATCH}",
+    "resolution=[{until: 0.025, pixels: 8}, {until: 1.0, pixels: 12}]",
+    "checkpoint.every_epochs=99", "checkpoint.every_seconds=0", "evaluation.every_epochs=0", "log.tensorboard=false",
     "hardware.device=cpu", "hardware.threads=1",
 ]  # fmt: skip
+DATA = "synthetic:90:20"  # two steps an epoch, ten images left out
+# What stands for other machines: environment and arguments of golden.py. AVX2 and less take no bf16.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+VARIANTS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "AVX2": (AVX2, []),
+    "no vector instructions": ({"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}, []),
+    "torch's AVX2, oneDNN's AVX512": ({"ATEN_CPU_CAPABILITY": "avx2"}, []),
+    "torch's own forms of convolution": ({}, ["--set", "hardware.products=false"]),
+    "forms for slow bf16": ({}, ["--slow-bf16"]),
+    "two threads": ({}, ["--set", "hardware.threads=2"]),
+    "first weights' last bits": ({}, ["--nudge", "1"]),
+}
+VERSIONS = (".venv-oldest", ".venv-newest")  # `make test-versions` builds them
+FACTOR = 3.0  # times the greatest difference between variants: another machine may differ by as much
+FLOOR = 1e-6  # of the differences: seven digits are kept
+
+Series = dict[str, list[float]]
 
 
-def measure() -> dict[str, list[float]]:
-    """The losses of each training's steps, on one rank of this machine; bf16 where it has that in hardware.
+class Done(Exception):
+    """The steps are done."""
 
-    Emulated, bf16 takes minutes.
-    """
-    from k8scifar import machine
+
+def measure(names: list[str], sets: list[str]) -> dict[str, Series]:
+    """What the steps of each training come to, on one rank of this machine."""
+    import torch
+
     from k8scifar.cli import main
     from k8scifar.data.prepare import prepare
     from k8scifar.results.display import Display
+    from k8scifar.training import loop
 
-    losses: list[float] = []
+    found: dict[str, Series] = {}
     shown = Display.step
 
-    def step(display, number, loss, *rest):
-        losses.append(float(f"{loss():.7g}"))
-        shown(display, number, loss, *rest)
+    def note(series: str, value: float) -> None:
+        found[name].setdefault(series, []).append(float(f"{value:.7g}"))
 
-    Display.step = step
-    found = {}
+    def step(display, number, loss, lr, inputs, *rest):
+        note("loss", loss())
+        squares = inputs[-MICRO_BATCH:].double().flatten() ** 2  # a pass may be of several micro-batches
+        note("images", squares.mul(torch.arange(len(squares))).mean().item())  # mirrored, they give another number
+        if number == STEPS:
+            raise Done
+        shown(display, number, loss, lr, inputs, *rest)
+
+    Display.step, loop.update = step, noted(loop.update, note)
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), "synthetic:600:100")
-        for optimizer, precision in TRAININGS:
-            if precision == "bf16" and not machine.has_bf16(machine.cpu_features()):
-                continue
-            losses.clear()
-            name = f"{optimizer}.{precision}"
-            sets = [*SETS, f"optimizer.name={optimizer}", f"hardware.precision={precision}"]
-            options = [part for value in sets for part in ("--set", value)]
-            if main(["train", *options, "--data-dir", folder, "--runs-dir", f"{folder}/runs", "--name", name]):
+        prepare(Path(folder), DATA)
+        for name in names:
+            found[name] = {}
+            recipe, _, precision = name.partition(".")
+            options = [part for value in [*SETS, f"hardware.precision={precision}", *sets] for part in ("--set", value)]
+            where = ["--recipe", recipe, "--data-dir", folder, "--runs-dir", f"{folder}/runs", "--name", name]
+            with contextlib.suppress(Done):
+                main(["train", *where, *options])
                 raise SystemExit(f"training {name} failed")
-            found[name] = list(losses)
     return found
 
 
+def noted(update: Callable[[Any], None], note: Callable[[str, float], None]) -> Callable[[Any], None]:
+    """`update` of the loop, with notes: the rate; of first steps gradient, statistics, how each group of weights moves.
+
+    Outward: the cosine of the angle between update and weights, for weight decay points inward.
+    """
+    import torch
+
+    def norm(tensors: list[torch.Tensor]) -> float:
+        return torch.stack([tensor.detach().double().norm() for tensor in tensors]).norm().item()
+
+    def wrapper(session: Any) -> None:
+        note("rate", session.state.optimizer.param_groups[0]["lr"])
+        if session.state.step >= FIRST:
+            return update(session)
+        net = session.state.net
+        note("gradient", norm([parameter.grad for parameter in net.parameters()]))
+        note("statistics", norm(session.state.statistics.running()))
+        before = {name: torch.cat([weight.detach().flatten() for weight in group]) for name, group in groups(net)}
+        update(session)
+        for name, group in groups(net):
+            old = before[name].double()
+            change = torch.cat([weight.detach().flatten() for weight in group]).double() - old
+            moved, size = norm([change]), norm([old])
+            note(f"{name}: update", moved)
+            note(f"{name}: outward", (change @ old).item() / (moved * size))
+        return None
+
+    return wrapper
+
+
+def groups(net: Any) -> list[tuple[str, list[Any]]]:
+    """The weights by how a recipe may treat them."""
+    found: dict[str, list[Any]] = {}
+    for name, weight in net.named_parameters():
+        matrix = "ends" if name in ("conv1.weight", "fc.weight") else "convolutions"
+        vector = "biases" if name.endswith("bias") else "scales"
+        found.setdefault(matrix if weight.ndim > 1 else vector, []).append(weight)
+    return list(found.items())
+
+
+def measured(python: str = sys.executable, environment: dict[str, str] | None = None, options: list[str] | None = None):
+    """What `--print` prints, of two processes side by side."""
+    own = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""} | (environment or {})
+    surroundings = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")} | own
+    command = [python, str(Path(__file__)), *(options or []), "--print"]
+    running = [
+        subprocess.Popen([*command, *part], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings)
+        for part in (TRAININGS[::2], TRAININGS[1::2])
+    ]
+    found: dict[str, Any] = {}
+    for process, (out, said) in [(process, process.communicate()) for process in running]:
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{said}")
+        part = json.loads(out)
+        found = part | {"steps": found.get("steps", {}) | part["steps"]}
+    return found
+
+
+def gap(series: str, before: float, after: float) -> float:
+    """How far two values are apart: relative to the former, but for cosines."""
+    return abs(after - before) / (1.0 if series.endswith("outward") else abs(before))
+
+
+def spread(kept: dict[str, Series], others: list[dict[str, Series]]) -> dict[str, Series]:
+    """The greatest gap of a precision's trainings in each series, up to each step, rounded up to two digits."""
+    found: dict[str, Series] = {}
+    for training, all_series in kept.items():
+        group = found.setdefault(training.partition(".")[2], {})
+        for series, values in all_series.items():
+            gaps = group.setdefault(series, [FLOOR] * len(values))
+            for after in [other[training][series] for other in others if training in other]:
+                gaps[:] = [max(gap(series, *pair), wide) for *pair, wide in zip(values, after, gaps, strict=True)]
+    return {
+        precision: {name: [float(f"{1.05 * gap:.1e}") for gap in accumulate(gaps, max)] for name, gaps in group.items()}
+        for precision, group in found.items()
+    }
+
+
+def beyond(kept: dict[str, Any], name: str, found: Series) -> dict[str, float]:
+    """How many times the tolerance a training is away, at "series, step"; infinite where it has other steps."""
+    away = {}
+    tolerances = kept["spread"][name.partition(".")[2]]
+    for series in kept["steps"][name] | found:
+        before, after = kept["steps"][name].get(series, []), found.get(series, [])
+        if len(before) != len(after):
+            away[f"{series}, all"] = float("inf")
+            continue
+        for step, (*pair, wide) in enumerate(zip(before, after, tolerances[series], strict=True), 1):
+            away[f"{series}, {step}"] = gap(series, *pair) / (kept["factor"] * wide)
+    return away
+
+
 def computer() -> dict[str, str]:
-    """What measured."""
+    """What measures."""
     import torch
 
     return {"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability()}
 
 
-def differences(before: dict[str, list[float]], after: dict[str, list[float]]) -> dict[str, float]:
-    """The greatest relative difference of each training; infinite where one lacks it or has other steps."""
-    found = {}
-    for name in before | after:
-        pair = before.get(name, []), after.get(name, [])
-        same = len(pair[0]) == len(pair[1]) > 0
-        found[name] = max(abs(b - a) / abs(a) for a, b in zip(*pair, strict=True)) if same else float("inf")
-    return found
+def pretend(slow_bf16: bool, nudge: int) -> None:
+    """Take the forms of a processor that is slow in bf16; change the first weights' last bits by this seed."""
+    import torch
+
+    from k8scifar import machine
+    from k8scifar.training import model
+
+    build = model.build
+
+    def nudged(*arguments: Any) -> Any:
+        net, generator = build(*arguments), torch.Generator().manual_seed(nudge)
+        with torch.no_grad():
+            for weight in net.parameters():
+                weight *= 1 + 2.0**-23 * torch.randint(-1, 2, weight.shape, generator=generator)
+        return net
+
+    if slow_bf16:
+        machine.fast_bf16 = lambda: False
+    if nudge:
+        model.build = nudged
+
+
+def renew() -> int:
+    """Write the file anew, the spread with it, and say what has changed."""
+    now = measured()
+    if len(now["steps"]) < len(TRAININGS):
+        print("error: this processor has no bf16; run make golden on one that has", file=sys.stderr)
+        return 1
+    former = json.loads(PATH.read_text()) if PATH.exists() else {}
+    print(f"former: {former.get('made with', 'none')}; now: {now['made with']}")
+    for name in former.get("steps", {}):
+        where, times = max(beyond(former, name, now["steps"].get(name, {})).items(), key=lambda pair: pair[1])
+        print(f"{name}: {where}: {times:.2g} of the tolerance{', ANOTHER MATHEMATICS' if times > 1 else ''}")
+    others = {}
+    for name, (environment, options) in VARIANTS.items():
+        others[name] = measured(environment=environment, options=options)
+    for path in [REPOSITORY / folder / "bin/python" for folder in VERSIONS]:
+        if path.exists():
+            version = measured(str(path))
+            others[f"torch {version['made with']['torch']}"] = version
+        else:
+            print(f"NOTICE: the spread leaves out {path}, which make test-versions builds")
+    steps = {name: other["steps"] for name, other in others.items()}
+    for name, other in steps.items():
+        widest = spread(now["steps"], [other])
+        print(f"{name}: losses differ by", {precision: group["loss"] for precision, group in widest.items()})
+    kept = {"made with": now["made with"], "factor": FACTOR, "spread from": list(others)}
+    kept |= {"spread": spread(now["steps"], list(steps.values())), "steps": now["steps"]}
+    text = json.dumps(kept, indent=1)
+    PATH.write_text(
+        re.sub(r"\[[^\[\]]*\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
+        + "\n"
+    )
+    return 0
 
 
 def main() -> int:
-    """Renew the file, or print."""
-    for name in ("RANK", "WORLD_SIZE"):  # one rank
-        os.environ.pop(name, None)
-    found = measure()
-    if "--print" in sys.argv:
-        print(json.dumps(found))
-        return 0
-    if len(found) < len(TRAININGS):
-        print("error: this processor has no bf16; run make golden on one that has", file=sys.stderr)
-        return 1
-    former = json.loads(PATH.read_text()) if PATH.exists() else {"losses": {}}
-    PATH.write_text(json.dumps({"made with": computer(), "tolerance": TOLERANCE, "losses": found}, indent=1) + "\n")
-    print(f"former: {former.get('made with', 'none')}; now: {computer()}")
-    for name, value in differences(former["losses"], found).items():
-        limit = TOLERANCE[name.partition(".")[2]]
-        verdict = "unchanged" if value == 0 else "within tolerance" if value <= limit else "ANOTHER MATHEMATICS"
-        print(f"{name}: greatest relative difference {value:.2g}, {verdict}")
+    """Renew the file, or print what trainings come to; in bf16 where this processor has it, for emulation is slow."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--print", nargs="+", metavar="NAME")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--slow-bf16", action="store_true")
+    parser.add_argument("--nudge", type=int, default=0)
+    arguments = parser.parse_args()
+    if not arguments.print:
+        return renew()
+    from k8scifar import machine
+
+    has_bf16 = machine.has_bf16(machine.cpu_features())
+    pretend(arguments.slow_bf16, arguments.nudge)
+    names = [name for name in arguments.print if has_bf16 or name.endswith("fp32")]
+    print(json.dumps({"made with": computer(), "steps": measure(names, arguments.set)}))
     return 0
 
 

@@ -124,8 +124,10 @@ class Attempt:
         waited = time.monotonic() - self._begun
         if self.spec.nnodes > 1 and waited > 20 and self._report_wait.due():
             place = f"{self.spec.master_addr}:{self.spec.master_port}"
-            what = self._reports.agent.waits_for or f"all {self.spec.nnodes} nodes to meet at {place}"
-            say(f"k8scifar: waiting for {what} ({waited:.0f} s)")
+            if what := self._reports.agent.waits_for:
+                say(f"k8scifar: waiting for {what} ({waited:.0f} s)")
+            else:
+                say(f"k8scifar: waiting for all {self.spec.nnodes} nodes to meet at {place} ({waited:.0f} s)")
         return self._on_returning_nodes() or State.MEETING
 
     def _training(self) -> State:
