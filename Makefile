@@ -222,6 +222,9 @@ gpu: $(READY) ## with a GPU, GPU_MINUTES=10 in all: the tests that need one, the
 	$(MAKE) test TESTS=trainer/tests/test_gpu.py ARGS="-n 0" || failed=1; \
 	BENCH_UNTIL=$$until $(MAKE) bench-gpu || failed=1; exit $$failed
 
+source-map: $(READY) ## write trainer/README.md anew: a line for each file of the package
+	@$(BIN)/python trainer/tools/source_map.py
+
 lint: $(READY) ## check style and likely mistakes
 	@$(BIN)/ruff check trainer
 	@$(BIN)/ruff check --config trainer/pyproject.toml image chart
@@ -235,7 +238,7 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(BIN)/ruff format --config trainer/pyproject.toml image chart
 
 .PHONY: help venv clean train report evaluate tensorboard test test-nightly test-versions golden chaos mutants bench bench-gpu \
-	scaling gpu lint format \
+	scaling gpu lint format source-map \
 	up down status logs results tensorboard-cluster diagnose \
 	chart-lint template install uninstall schema chart-docs package \
 	image image-smoke push load sbom scan image-lock image-test
