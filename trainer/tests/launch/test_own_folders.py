@@ -78,7 +78,7 @@ def test_either_node_may_lose_all_it_has_at_any_time(group, undisturbed, tiny_da
     begin(group, 1, K8SCIFAR_FAULTS="write:train-images:kill:1", **faults)
     first, second = (pod.text for pod in group.pods)
     group.until(lambda: checkpoints(group, 1), 150, "a checkpoint on node 1")
-    assert "train-images" in second() and "1.8 MB of 1.8 MB are here already; resuming" in second()
+    assert "train-images" in second() and "1.8 MB of 1.8 MB are already here; resuming" in second()
     assert {path.read_bytes() for path in (group.folder / "data-1").glob("*.npy")} == {
         path.read_bytes() for path in tiny_data.glob("*.npy")
     }
@@ -86,7 +86,7 @@ def test_either_node_may_lose_all_it_has_at_any_time(group, undisturbed, tiny_da
     crash(group)
     shutil.rmtree(left(group, 0))
     group.until(lambda: "comes from the node of rank 1" in first(), 90, "node 0 to take node 1's checkpoint")
-    assert second().count("taking synthetic") == 2, "a node that has the data set takes nothing"
+    assert second().count("copying synthetic") == 2, "a node that has the data set takes nothing"
     before = len(group.steps)
     group.until(lambda: len(group.steps) > before, 90, "another step")
 

@@ -54,8 +54,8 @@ def test_a_broken_transfer_goes_on_and_both_keep_the_same_bytes_or_say_so(nodes,
     )
     assert codes == [[5, 0, 0], [1, 0, 0]], said
     assert "could not be written (No space left on device)" in said
-    assert "0.3 MB of 1.8 MB are here already; resuming" in said
-    assert said.count("taking synthetic") == 2, "what has come whole comes once"
+    assert "0.3 MB of 1.8 MB are already here; resuming" in said
+    assert said.count("copying synthetic") == 2, "what has come whole comes once"
     first, second = (checkpoints(tmp_path, rank, "local-sgd") for rank in (0, 1))
     assert [name[:13] for name in first] == ["step-00000004", "step-00000006"]
     assert first == second, "also where each rank has weights and momenta of its own"
