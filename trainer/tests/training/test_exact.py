@@ -171,7 +171,7 @@ def test_another_number_of_ranks_goes_on_from_the_mean(trained, data, monkeypatc
         torch.testing.assert_close(found, own.mean(0), rtol=0, atol=1e-7)
         assert not torch.allclose(found, own[0], rtol=0, atol=1e-5), "not rank 0's alone"
         return
-    assert f"what int8 had rounded off on {ranks} ranks goes into the next step" in said
+    assert f"the next step adds what int8 had rounded off on {ranks} ranks" in said
     matrices = (
         state.optimizer.hidden
         if optimizer == "muon"
