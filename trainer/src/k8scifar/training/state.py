@@ -257,6 +257,8 @@ def _settle_buckets(ddp: DistributedDataParallel, layers: list[nn.BatchNorm2d], 
         layer.momentum = 0.0
     for _ in range(2):
         ddp(torch.zeros(2, 3, 8, 8, device=device).to(memory_format=torch.channels_last)).sum().backward()
+    for layer in layers:
+        layer.num_batches_tracked.fill_(1)  # as after the one pass of former releases, whose checkpoints hold it
     ddp.zero_grad(set_to_none=False)
 
 
